@@ -1,0 +1,74 @@
+"""Time the two forms of the depthwise convolution against each other, alternating within one run.
+
+    python -m benchmarks.depthwise [--shape 8 16 16 384 --kernel 5 --dtype float32]
+
+Without --shape and --kernel: two token images, each with 5 x 5 and 3 x 3. Rows: XLA's grouped
+convolution, the shifted form as JAX differentiates it, the shifted form with its own gradient.
+Columns: forward; forward and the gradients of x, kernel and bias.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.projection import alternating_medians, report
+from dydilit_jax.kernels.depthwise.reference import convolution
+from dydilit_jax.kernels.depthwise.xla import shifted
+
+Convolution = Callable[..., jax.Array]
+
+
+def with_gradients(convolve: Convolution) -> Callable[..., Any]:
+    """Return the output and the gradients of half its squared length."""
+
+    def forward_and_backward(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Any:
+        y, vjp = jax.vjp(convolve, x, kernel, bias)
+        return y, vjp(y)
+
+    return forward_and_backward
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "W", "C"))
+    parser.add_argument("--kernel", type=int)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a line for each table")
+    options = parser.parse_args(arguments)
+
+    shapes = [tuple(options.shape)] if options.shape else [(128, 4, 4, 64), (8, 16, 16, 384)]
+    kernels = [options.kernel] if options.kernel else [5, 3]
+    forms: dict[str, Convolution] = {
+        "convolution": convolution,
+        "shifted, automatic": shifted.fun,
+        "shifted": shifted,
+    }
+    for shape in shapes:
+        for k in kernels:
+            rng = np.random.default_rng(0)
+            x = jnp.asarray(rng.normal(size=shape), options.dtype)
+            kernel = jnp.asarray(rng.normal(size=(k, k, shape[3])) / k, jnp.float32)
+            inputs = (x, kernel, jnp.zeros(shape[3], jnp.float32))
+            columns = {
+                "forward": alternating_medians(forms, inputs, options.repeats),
+                "with gradients": alternating_medians(
+                    {name: with_gradients(form) for name, form in forms.items()},
+                    inputs,
+                    options.repeats,
+                ),
+            }
+            size = " x ".join(str(length) for length in shape)
+            title = f"Depthwise convolution {k} x {k} of {size}, {options.dtype}"
+            report(title, columns, "shifted", options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Time the top-1 routed projection against one plain product, alternating within one run.
+
+    python -m benchmarks.projection [--tokens 4096 --width 384 --banks 3 --dtype float32]
+
+Rows: one plain product (the floor), the dense one-hot form, `jax.lax.ragged_dot` on sorted tokens,
+and the blocks. Columns: forward; forward and the gradients of x, bank and weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dydilit_jax.kernels.grouped_projection.api import grouped_projection
+
+Projection = Callable[..., jax.Array]
+
+
+def alternating_medians(
+    functions: dict[str, Callable[..., Any]], arguments: Sequence[Any], repeats: int
+) -> dict[str, float]:
+    """Compile each function, then time them in turn; return the median seconds of each.
+
+    Args:
+      functions: functions of `arguments`, by the name of their row.
+      arguments: arrays on the device.
+      repeats: timed calls of each function.
+    """
+    compiled = {name: jax.jit(function) for name, function in functions.items()}
+    for function in compiled.values():
+        for _ in range(2):
+            jax.block_until_ready(function(*arguments))
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(repeats):
+        for name, function in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def report(
+    title: str, columns: dict[str, dict[str, float]], unit: str, json_file: Path | None
+) -> None:
+    """Print a table of milliseconds and ratios, one column a pass, and write it as JSON if asked.
+
+    Args:
+      title: what was measured.
+      columns: for each pass, the median seconds by row.
+      unit: the row to which ratios are taken.
+      json_file: where to write the same figures, or None.
+    """
+    device = jax.devices()[0].device_kind
+    print(f"{title}; device {device}, JAX {jax.__version__}; ratios to {unit!r}")
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    width = max(len(row) for row in rows)
+    header = "".join(f"{f'{name}, ms':>24}{'ratio':>8}" for name in columns)
+    print(f"{'':<{width}}{header}")
+    for row in rows:
+        cells = ""
+        for column in columns.values():
+            if row in column:
+                cells += f"{1e3 * column[row]:24.3f}{column[row] / column[unit]:8.2f}"
+            else:
+                cells += f"{'-':>24}{'-':>8}"
+        print(f"{row:<{width}}{cells}")
+    if json_file is not None:
+        record = {
+            "title": title,
+            "device": device,
+            "jax": jax.__version__,
+            "unit": unit,
+            "seconds": columns,
+        }
+        json_file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def plain(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+    """One product for all tokens: what the projection would cost without routing."""
+    return jnp.dot(x, bank[0].astype(x.dtype))
+
+
+def ragged(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+    """Tokens sorted by bank and `jax.lax.ragged_dot`; gradients by automatic differentiation."""
+    order = jnp.argsort(index)
+    sizes = jnp.sum(index[:, None] == jnp.arange(bank.shape[0]), axis=0, dtype=jnp.int32)
+    product = lax.ragged_dot(x[order], bank.astype(x.dtype), sizes)[jnp.argsort(order)]
+    weight = jnp.take_along_axis(weights, index[:, None], axis=1)
+    return (weight * product).astype(x.dtype)
+
+
+def routed(implementation: str, straight_through: bool) -> Projection:
+    """Return `grouped_projection` with its options bound."""
+
+    def project(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+        return grouped_projection(
+            x,
+            bank,
+            weights,
+            index,
+            straight_through=straight_through,
+            implementation=implementation,
+        )
+
+    return project
+
+
+def with_gradients(project: Projection) -> Callable[..., Any]:
+    """Return the output and the gradients of half its squared length."""
+
+    def forward_and_backward(
+        x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array
+    ) -> Any:
+        y, vjp = jax.vjp(lambda *inputs: project(*inputs, index), x, bank, weights)
+        return y, vjp(y)
+
+    return forward_and_backward
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--banks", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    options = parser.parse_args(arguments)
+
+    rng = np.random.default_rng(0)
+    T, D, n = options.tokens, options.width, options.banks
+    x = jnp.asarray(rng.normal(size=(T, D)), options.dtype)
+    bank = jnp.asarray(rng.normal(size=(n, D, D)) / D**0.5, jnp.float32)
+    index = jnp.asarray(rng.integers(0, n, size=T), jnp.int32)
+    inputs = (x, bank, jax.nn.one_hot(index, n), index)
+
+    forward: dict[str, Projection] = {
+        "plain product": plain,
+        "dense": routed("dense", straight_through=False),
+        "ragged_dot": ragged,
+        "blocks": routed("blocks", straight_through=False),
+    }
+    backward = forward | {
+        "dense, straight-through": routed("dense", straight_through=True),
+        "blocks, straight-through": routed("blocks", straight_through=True),
+    }
+    columns = {
+        "forward": alternating_medians(forward, inputs, options.repeats),
+        "with gradients": alternating_medians(
+            {name: with_gradients(project) for name, project in backward.items()},
+            inputs,
+            options.repeats,
+        ),
+    }
+    title = f"Routed projection, {T} tokens x {D}, {n} banks, {options.dtype}"
+    report(title, columns, "plain product", options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the entry points share: flags, and errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dydilit_jax.config import Config, flatten
+from dydilit_jax.errors import UserError, unknown_name
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE[:ARGUMENT]`, any field of which `--config.field=value` overrides."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, for example configs/digits.py.", lock_config=True
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags, calls `main` and exits: 0, or 2 after one line for a user's mistake."""
+    # TensorFlow and Orbax tell much that is no news; what matters of it also raises.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.set_verbosity(logging.INFO if "--debug" in sys.argv else logging.ERROR)
+    app.run(lambda _: _guard(main), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+
+
+def _guard(call: Callable[[], object]) -> object:
+    try:
+        return call()
+    except (UserError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        # A mistake is told in one line, whatever lines a message beneath it had.
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with its errors turned into ours."""
+    _check_config_file(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except AttributeError as error:  # ml_collections: an override of no field
+        raise _unknown_field(argv, str(error)) from error
+    except flags.Error as error:
+        raise _flag_error(str(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags have the form --name=value")
+    return rest
+
+
+def _check_config_file(argv: list[str]) -> None:
+    for i, argument in enumerate(argv):
+        if re.fullmatch(r"--?config", argument) and i + 1 < len(argv):
+            path = argv[i + 1]
+        elif match := re.match(r"--?config=(.*)", argument):
+            path = match.group(1)
+        else:
+            continue
+        path = path.split(":")[0]
+        if not Path(path).is_file():
+            raise UserError(f"config file {path!r} does not exist")
+
+
+def _unknown_field(argv: list[str], message: str) -> UserError:
+    """Names the first override that no field has, and the field nearest to it."""
+    known = flatten(dataclasses.asdict(Config()))
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if match and match.group(1) not in known:
+            name = match.group(1)
+            siblings = [field for field in known if _parent(field) == _parent(name)]
+            return unknown_name("config field", name, siblings or list(known))
+    return UserError(f"cannot override the config: {message}")
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _flag_error(message: str) -> UserError:
+    """The line that matters of an absl or ml_collections message."""
+    if raised := re.findall(r"^(?:[\w.]*\.)?UserError: (.*)$", message, re.MULTILINE):
+        return UserError(raised[-1])
+    if "Error whilst parsing config file" in message:
+        last = [line for line in message.splitlines() if line.strip()][-1]
+        return UserError(f"the config file fails: {last.strip()}")
+    known = flatten(dataclasses.asdict(Config()))
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+    if match and match.group(1) in known:
+        name, value = match.groups()
+        return UserError(f"config field {name} expects {type(known[name]).__name__}, got {value!r}")
+    return UserError(message.replace("\n", " "))
+
+
+def required(value: str | None, name: str) -> str:
+    """`value` of a flag that must be given."""
+    if not value:
+        raise UserError(f"--{name} is missing")
+    return value
+
+
+def flag_text(name: str) -> str | None:
+    """What the command line gave for a flag, as text; None if it was not given."""
+    return next(
+        (
+            argument.partition("=")[2] or "given"
+            for argument in sys.argv
+            if re.match(rf"--?{name}(=|$)", argument)
+        ),
+        None,
+    )

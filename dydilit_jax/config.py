@@ -1,0 +1,304 @@
+"""Every field of a run's config, its meaning and its default, in one place.
+
+A config file (`configs/*.py`) returns `Config(...).to_dict()`, an ml_collections ConfigDict that
+flags can override; `Config.from_dict` checks it and turns it back into these dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any, TypeVar
+
+import ml_collections
+
+from dydilit_jax.diffusion.flow import RectifiedFlow
+from dydilit_jax.errors import UserError, unknown_name
+from dydilit_jax.models.config import FEEDFORWARDS, ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What goes in.
+
+    Attributes:
+      source: name of the data set: `digits`.
+      batch_size: images in a step, over all processes and devices.
+      horizontal_flip: mirror every second image, at random.
+      read_threads: threads that read and transform ahead of use.
+    """
+
+    source: str = "digits"
+    batch_size: int = 256
+    horizontal_flip: bool = False
+    read_threads: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """What the network is trained for.
+
+    Attributes:
+      process: `flow` (rectified flow, as SiT).
+      flow: fields of diffusion/flow.py's RectifiedFlow.
+    """
+
+    process: str = "flow"
+    flow: RectifiedFlow = RectifiedFlow()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the moving average of the parameters. Defaults: DiT's recipe.
+
+    Attributes:
+      learning_rate: peak learning rate.
+      schedule: after the warm-up `constant`, or `cosine` or `linear` decay to zero.
+      warmup_steps: steps of linear warm-up from zero.
+      decay_steps: step at which a decaying schedule reaches zero; 0 for train.steps.
+      b1, b2, eps, weight_decay: AdamW's. The decay applies to matrices and convolutions alone.
+      clip_norm: gradients are scaled down to this global norm; 0 for no clipping.
+      ema_decay: decay of the moving average of the parameters, which is corrected for its start.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.9999
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Axes of the device mesh; one of them may be -1, which takes the devices that remain.
+
+    Attributes:
+      data: copies of the parameters, each with its part of the batch.
+      fsdp: parts that parameters and batch are cut into.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The length of training, and what is written on the way; 0 switches an interval off.
+
+    Attributes:
+      steps: optimizer steps.
+      log_every: steps between progress lines and metrics.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
+      keep_checkpoints: newest checkpoints that are kept.
+      sample_every: steps between sample grids.
+    """
+
+    steps: int = 400_000
+    log_every: int = 100
+    checkpoint_every: int = 10_000
+    keep_checkpoints: int = 3
+    sample_every: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn.
+
+    Attributes:
+      sampler: a name in diffusion/samplers.
+      steps: steps of the sampler.
+      guidance_scale: scale of classifier-free guidance; 1 for none.
+      batch_size: images drawn at once.
+      grid_rows: rows of the sample grid; its columns are the labels, ten of them at most.
+    """
+
+    sampler: str = "euler"
+    steps: int = 50
+    guidance_scale: float = 1.5
+    batch_size: int = 250
+    grid_rows: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured when training ends.
+
+    Attributes:
+      num: class-balanced samples that are scored; 0 for no evaluation.
+    """
+
+    num: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run.
+
+    Attributes:
+      seed: of initialisation, data order, noise and dropped labels.
+      model, data, diffusion, optimizer, mesh, train, sampling, evaluation: their sections.
+    """
+
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        for field, least in _LEAST.items():
+            value = _get(self, field)
+            if value < least:
+                raise UserError(f"{field} must be at least {least}, got {value}")
+        if self.optimizer.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.optimizer.schedule, SCHEDULES)
+        if not 0.0 <= self.optimizer.ema_decay < 1.0:
+            raise UserError(
+                f"optimizer.ema_decay must be in [0, 1), got {self.optimizer.ema_decay}"
+            )
+
+    def to_dict(self) -> ml_collections.ConfigDict:
+        """The config as a nested ConfigDict, whose fields flags can override."""
+        return ml_collections.ConfigDict(dataclasses.asdict(self))
+
+    def to_json(self) -> str:
+        """The config as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Config:
+        """Checks a nested mapping and builds the config; missing fields take their defaults.
+
+        Raises:
+          UserError: an unknown field (names the nearest), a wrong type, or values that do not fit.
+        """
+        if isinstance(fields, ml_collections.ConfigDict):
+            fields = fields.to_dict()
+        return _build(cls, fields, "")
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+_LEAST = {
+    "data.batch_size": 1,
+    "data.read_threads": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_steps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "train.steps": 1,
+    "train.log_every": 1,
+    "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 1,
+    "train.sample_every": 0,
+    "sampling.steps": 1,
+    "sampling.batch_size": 1,
+    "sampling.grid_rows": 1,
+    "evaluation.num": 0,
+}
+
+# Sections whose fields may change between two starts of one run: where it runs, how long it goes
+# on, what it writes and how its samples are drawn. None of them changes what a step computes.
+CHANGEABLE = ("mesh.", "train.", "sampling.", "evaluation.", "data.read_threads")
+
+
+def _get(config: object, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _build(cls: type[T], fields: Any, prefix: str) -> T:
+    """An instance of the dataclass `cls` from a mapping, recursively."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(fields, dict):
+        raise UserError(f"{prefix.rstrip('.')} must be a section of fields, got {fields!r}")
+    values = {}
+    for name, value in fields.items():
+        if name not in hints:
+            raise unknown_name("config field", prefix + name, [prefix + hint for hint in hints])
+        values[name] = _value(hints[name], value, prefix + name)
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint`, or an error that names the field."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path + ".")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"config field {path} expects {hint.__name__}, got {value!r}")
+    return value
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one level, with dots in the names."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def differing_fields(old: Config, new: Config) -> list[str]:
+    """Lines "field: old -> new" for fields that make these two configs two different runs."""
+    before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(CHANGEABLE)
+    ]
+
+
+def parse_argument(argument: str, **defaults: str) -> dict[str, str]:
+    """Parses a config file's argument, `name=value,name=value`.
+
+    Args:
+      argument: what follows the colon in `--config=configs/digits.py:...`; may be empty.
+      **defaults: the known names and their default values.
+
+    Raises:
+      UserError: an unknown name (names the nearest), or a part without `=`.
+    """
+    values = dict(defaults)
+    for part in filter(None, (part.strip() for part in argument.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"did you mean {near[0]}=...?" if near else f"known: {', '.join(defaults)}"
+            raise UserError(f"config argument {part!r} has the form name=value; {hint}")
+        if name not in defaults:
+            raise unknown_name("config argument", name, defaults)
+        values[name] = value
+    return values
+
+
+def feedforward_for(attention: str, feedforward: str) -> str:
+    """The feed-forward a config argument stands for: `auto` is `mlp` for softmax, else `mix`."""
+    if feedforward == "auto":
+        return "mlp" if attention == "softmax" else "mix"
+    if feedforward not in FEEDFORWARDS:
+        raise unknown_name("feed-forward", feedforward, ("auto", *FEEDFORWARDS))
+    return feedforward

@@ -1,0 +1,1 @@
+"""What goes in: sources, transforms, pipeline."""

@@ -1,0 +1,1 @@
+"""The hot operations, one folder each: api, reference, a file per backend."""

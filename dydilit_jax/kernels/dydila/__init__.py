@@ -1,0 +1,1 @@
+"""The DyDiLA attention core."""

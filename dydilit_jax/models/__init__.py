@@ -1,0 +1,1 @@
+"""What the network is: DyDi-LiT and its parts."""

@@ -1,0 +1,77 @@
+"""Channel mixers: DiT's two-layer network and SANA's Mix-FFN."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dydilit_jax.kernels.depthwise.api import depthwise_conv
+from dydilit_jax.models.config import ModelConfig
+
+xavier = nnx.initializers.xavier_uniform()
+
+
+def depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Uniform in +-1/sqrt(fan in), the fan in of a depthwise kernel being its k x k taps."""
+    bound = 1.0 / (shape[0] * shape[1]) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class DepthwiseConv(nnx.Module):
+    """Depthwise convolution of tokens on their grid, with bias: (B, N, C) to (B, N, C)."""
+
+    def __init__(self, channels: int, size: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
+        self.grid = grid
+        self.kernel = nnx.Param(
+            depthwise_init(rngs.params(), (size, size, channels), jnp.dtype(jnp.float32))
+        )
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Convolves tokens (B, N, C), row by row on the grid."""
+        image = tokens.reshape(tokens.shape[0], *self.grid, tokens.shape[-1])
+        kernel = self.kernel[...].astype(tokens.dtype)
+        return depthwise_conv(image, kernel, self.bias[...].astype(tokens.dtype)).reshape(
+            tokens.shape
+        )
+
+
+class MLP(nnx.Module):
+    """GELU (tanh form) between two linear maps, as DiT: (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        hidden = config.feedforward.hidden(config.width)
+        dtype = jnp.dtype(config.dtype)
+        self.hidden = nnx.Linear(config.width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(hidden, config.width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mixes channels of tokens (B, N, D)."""
+        return self.out(jax.nn.gelu(self.hidden(x), approximate=True))
+
+
+class MixFFN(nnx.Module):
+    """SANA's gated feed-forward with a 3 x 3 depthwise convolution (arXiv 2410.10629).
+
+    SiLU after the first map; the convolution's channels split into value and gate, value first.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        hidden = config.feedforward.hidden(config.width)
+        dtype = jnp.dtype(config.dtype)
+        self.hidden = nnx.Linear(
+            config.width, 2 * hidden, kernel_init=xavier, dtype=dtype, rngs=rngs
+        )
+        self.depthwise = DepthwiseConv(2 * hidden, 3, config.grid, rngs=rngs)
+        self.out = nnx.Linear(
+            hidden, config.width, use_bias=False, kernel_init=xavier, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mixes channels of tokens (B, N, D)."""
+        value, gate = jnp.split(self.depthwise(jax.nn.silu(self.hidden(x))), 2, axis=-1)
+        return self.out(value * jax.nn.silu(gate))
+
+
+FEEDFORWARD_MODULES = {"mlp": MLP, "mix": MixFFN}
