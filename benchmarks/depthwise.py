@@ -10,6 +10,7 @@ Columns: forward; forward and the gradients of x, kernel and bias.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a line for each table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     options = parser.parse_args(arguments)
 
     shapes = [tuple(options.shape)] if options.shape else [(128, 4, 4, 64), (8, 16, 16, 384)]
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "shifted, automatic": shifted.fun,
         "shifted": shifted,
     }
+    records = []
     for shape in shapes:
         for k in kernels:
             rng = np.random.default_rng(0)
@@ -67,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             size = " x ".join(str(length) for length in shape)
             title = f"Depthwise convolution {k} x {k} of {size}, {options.dtype}"
-            report(title, columns, "shifted", options.json)
+            records.append(report(title, columns, "shifted"))
+    if options.json is not None:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
 
 
 if __name__ == "__main__":

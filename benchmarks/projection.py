@@ -48,16 +48,13 @@ def alternating_medians(
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def report(
-    title: str, columns: dict[str, dict[str, float]], unit: str, json_file: Path | None
-) -> None:
-    """Print a table of milliseconds and ratios, one column a pass, and write it as JSON if asked.
+def report(title: str, columns: dict[str, dict[str, float]], unit: str) -> dict[str, Any]:
+    """Print a table of milliseconds and ratios, and return the same figures for a JSON file.
 
     Args:
       title: what was measured.
       columns: for each pass, the median seconds by row.
       unit: the row to which ratios are taken.
-      json_file: where to write the same figures, or None.
     """
     device = jax.devices()[0].device_kind
     print(f"{title}; device {device}, JAX {jax.__version__}; ratios to {unit!r}")
@@ -73,15 +70,13 @@ def report(
             else:
                 cells += f"{'-':>24}{'-':>8}"
         print(f"{row:<{width}}{cells}")
-    if json_file is not None:
-        record = {
-            "title": title,
-            "device": device,
-            "jax": jax.__version__,
-            "unit": unit,
-            "seconds": columns,
-        }
-        json_file.write_text(json.dumps(record, indent=2) + "\n")
+    return {
+        "title": title,
+        "device": device,
+        "jax": jax.__version__,
+        "unit": unit,
+        "seconds": columns,
+    }
 
 
 def plain(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
@@ -162,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
     }
     title = f"Routed projection, {T} tokens x {D}, {n} banks, {options.dtype}"
-    report(title, columns, "plain product", options.json)
+    record = report(title, columns, "plain product")
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
     # TensorFlow and Orbax tell much that is no news; what matters of it also raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    logging.set_verbosity(logging.INFO if "--debug" in sys.argv else logging.ERROR)
+    logging.set_verbosity(logging.INFO if _debugging() else logging.ERROR)
     app.run(lambda _: _guard(main), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
 
 
@@ -38,11 +38,16 @@ def _guard(call: Callable[[], object]) -> object:
     try:
         return call()
     except (UserError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if "--debug" in sys.argv:
+        if _debugging():
             raise
         # A mistake is told in one line, whatever lines a message beneath it had.
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def _debugging() -> bool:
+    # Asked before flags are parsed too, so it cannot be the flag's value.
+    return flag_text("debug") in ("given", "true", "1")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -50,10 +55,15 @@ def _parse(argv: list[str]) -> list[str]:
     _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
-    except AttributeError as error:  # ml_collections: an override of no field
-        raise _unknown_field(argv, str(error)) from error
+    except UserError:
+        raise
     except flags.Error as error:
         raise _flag_error(str(error)) from error
+    except Exception as error:
+        # ml_collections raises these for an override of no field; all else comes from the file.
+        if isinstance(error, AttributeError | KeyError) and (unknown := _unknown_field(argv)):
+            raise unknown from error
+        raise UserError(f"the config file fails: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags have the form --name=value")
     return rest
@@ -72,16 +82,24 @@ def _check_config_file(argv: list[str]) -> None:
             raise UserError(f"config file {path!r} does not exist")
 
 
-def _unknown_field(argv: list[str], message: str) -> UserError:
-    """Names the first override that no field has, and the field nearest to it."""
-    known = flatten(dataclasses.asdict(Config()))
+def _unknown_field(argv: list[str]) -> UserError | None:
+    """Names the first override that no field has, and the field or section nearest to it."""
+    known = set(flatten(dataclasses.asdict(Config())))
+    sections = {""}
+    for field in known:
+        while field := _parent(field):
+            sections.add(field)
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-        if match and match.group(1) not in known:
+        if match and match.group(1) not in known | sections:
             name = match.group(1)
-            siblings = [field for field in known if _parent(field) == _parent(name)]
-            return unknown_name("config field", name, siblings or list(known))
-    return UserError(f"cannot override the config: {message}")
+            while _parent(name) not in sections:
+                name = _parent(name)
+            siblings = [
+                each for each in known | sections if each and _parent(each) == _parent(name)
+            ]
+            return unknown_name("config field", name, sorted(siblings))
+    return None
 
 
 def _parent(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from typing import Any, TypeVar
 
@@ -165,6 +166,8 @@ class Config:
                 raise UserError(f"{field} must be at least {least}, got {value}")
         if self.optimizer.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.optimizer.schedule, SCHEDULES)
+        if self.evaluation.num == 1:
+            raise UserError("evaluation.num must be 0, or at least 2 to have a spread; got 1")
         if not 0.0 <= self.optimizer.ema_decay < 1.0:
             raise UserError(
                 f"optimizer.ema_decay must be in [0, 1), got {self.optimizer.ema_decay}"
@@ -198,6 +201,7 @@ class Config:
 SCHEDULES = ("constant", "cosine", "linear")
 
 _LEAST = {
+    "seed": 0,
     "data.batch_size": 1,
     "data.read_threads": 1,
     "optimizer.learning_rate": 0,
@@ -245,9 +249,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path + ".")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"config field {path} expects {hint.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config field {path} must be finite, got {value}")
     return value
 
 

@@ -101,9 +101,15 @@ class RectifiedFlow:
         """The network's velocity (B, H, W, C) at x_t, in x_t's dtype; t (B,) or scalar.
 
         Channels beyond x_t's, such as the unused variance of published SiT weights, are ignored.
+
+        Raises:
+          ValueError: for an output of fewer channels than x_t's, at trace time.
         """
         time = jnp.broadcast_to(self.time_scale * t, x_t.shape[:1]).astype(x_t.dtype)
-        return network(x_t, time)[..., : x_t.shape[-1]].astype(x_t.dtype)
+        output, channels = network(x_t, time), x_t.shape[-1]
+        if output.shape[-1] < channels:
+            raise ValueError(f"the network puts out {output.shape[-1]} channels, not {channels}.")
+        return output[..., :channels].astype(x_t.dtype)
 
     def loss(
         self, network: Network, x_0: jax.Array, key: jax.Array

@@ -160,8 +160,16 @@ class GaussianProcess:
     # The reverse process.
 
     def output(self, network: Network, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """The network's output at x_t (B, H, W, C) and t (B,) int, in x_t's dtype."""
-        return network(x_t, jnp.asarray(self.timesteps, x_t.dtype)[t]).astype(x_t.dtype)
+        """The network's output at x_t (B, H, W, C) and t (B,) int, in x_t's dtype.
+
+        Raises:
+          ValueError: for an output of other than `output_channels` channels, at trace time.
+        """
+        output = network(x_t, jnp.asarray(self.timesteps, x_t.dtype)[t]).astype(x_t.dtype)
+        expected = self.output_channels(x_t.shape[-1])
+        if output.shape[-1] != expected:
+            raise ValueError(f"the network puts out {output.shape[-1]} channels, not {expected}.")
+        return output
 
     def reverse_step(
         self,

@@ -31,10 +31,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Convolves tokens (B, N, C), row by row on the grid."""
         image = tokens.reshape(tokens.shape[0], *self.grid, tokens.shape[-1])
-        kernel = self.kernel[...].astype(tokens.dtype)
-        return depthwise_conv(image, kernel, self.bias[...].astype(tokens.dtype)).reshape(
-            tokens.shape
-        )
+        return depthwise_conv(image, self.kernel[...], self.bias[...]).reshape(tokens.shape)
 
 
 class MLP(nnx.Module):

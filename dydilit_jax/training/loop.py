@@ -80,8 +80,8 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def check_finite(step: int, metrics: Metrics, saved: int | None) -> None:
-    """Waits for a step's metrics; raises UserError if its loss or gradients are not finite."""
-    for name in ("loss", "gradient_norm"):
+    """Waits for a step's metrics; raises UserError if loss, gradients or updates are not finite."""
+    for name in ("loss", "gradient_norm", "update_norm"):
         value = float(metrics[name])
         if not math.isfinite(value):
             kept = "no checkpoint was written" if saved is None else f"checkpoint {saved} is kept"

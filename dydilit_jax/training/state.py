@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dydilit_jax.config import Config, DiffusionConfig
 from dydilit_jax.diffusion.process import Process
+from dydilit_jax.diffusion.samplers import make_sampler
 from dydilit_jax.errors import unknown_name
 from dydilit_jax.models.count import abstract_parameters
 from dydilit_jax.models.dydilit import DyDiLiT
@@ -68,8 +69,14 @@ class Network:
 
     @classmethod
     def create(cls, config: Config) -> Network:
-        """Builds the structure; allocates nothing."""
+        """Builds the structure; allocates nothing.
+
+        Raises:
+          UserError: an unknown process, or a sampler that is unknown or not for it.
+        """
         process = make_process(config.diffusion)
+        # Sampling comes late: its mistakes are to show before training.
+        make_sampler(config.sampling.sampler, process, config.sampling.steps)
         module = nnx.eval_shape(
             lambda: DyDiLiT(
                 config.model,
@@ -91,7 +98,10 @@ class Network:
     def initial_parameters(self, key: jax.Array) -> dict:
         """Parameters at the start; traceable."""
         module = DyDiLiT(self.config.model, self.out_channels, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.split(module)[1])
+        parameters = nnx.to_pure_dict(nnx.split(module)[1])
+        # A weak type, such as jnp.full's of a Python number, would have the step compiled twice:
+        # what comes out of it is not weak.
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), parameters)
 
     def abstract_parameters(self) -> dict:
         """Shapes and dtypes of the parameters."""

@@ -78,6 +78,7 @@ def make_step(network: Network) -> TrainStep:
         parameters = optax.apply_updates(state.parameters, updates)
         _, ema_state = ema.update(parameters, state.ema)
         metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["update_norm"] = optax.global_norm(updates)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         new_state = TrainState(
             step=state.step + 1,

@@ -48,12 +48,14 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(workdir: Path, step: int) -> None:
-    """Drops lines of steps beyond `step`: a resumed run writes them again."""
-    records = read_metrics(workdir)
-    kept = [record for record in records if record["step"] <= step]
-    if len(kept) != len(records):
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        (workdir / METRICS_FILE).write_text(text)
+    """Drops lines of steps beyond `step`, which a resumed run writes again, and one cut short."""
+    path = workdir / METRICS_FILE
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(workdir) if record["step"] <= step]
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if text != path.read_text():
+        path.write_text(text)
 
 
 class Writers:

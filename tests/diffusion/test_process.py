@@ -6,13 +6,9 @@ import pytest
 from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.diffusion.gaussian import GaussianProcess
 from dydilit_jax.diffusion.process import example_keys, mean_each, normal_each
+from tests.diffusion.compiling import normal, quick_jit
 
-PROCESSES = [
-    RectifiedFlow(),
-    RectifiedFlow(time_distribution="uniform", shift=3.0),
-    GaussianProcess(),
-    GaussianProcess(learned_variance=False, min_snr_gamma=5.0),
-]
+PROCESSES = [RectifiedFlow(), GaussianProcess(min_snr_gamma=5.0)]
 
 
 def network(x, time):
@@ -26,9 +22,9 @@ def network_for(process):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_loss_of_an_example_does_not_depend_on_its_batch(process):
-    x_0 = jax.random.normal(jax.random.key(1), (8, 4, 4, 2))
+    x_0 = normal(1, (8, 4, 4, 2))
     key = jax.random.key(2)
-    compiled = jax.jit(lambda x_0, key: process.loss(network_for(process), x_0, key))
+    compiled = quick_jit(lambda x_0, key: process.loss(network_for(process), x_0, key))
     loss, terms = compiled(x_0, key)
     assert loss.shape == (8,)
     assert loss.dtype == jnp.float32
@@ -44,13 +40,13 @@ def test_loss_of_an_example_does_not_depend_on_its_batch(process):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_loss_is_computed_in_float32(process):
-    x_0 = jax.random.normal(jax.random.key(1), (4, 4, 4, 2)).astype(jnp.bfloat16)
+    x_0 = normal(1, (4, 4, 4, 2)).astype(jnp.bfloat16)
 
     def half_precision(x, time):
         assert x.dtype == jnp.float32
         return network_for(process)(x, time).astype(jnp.bfloat16)
 
-    @jax.jit
+    @quick_jit
     def losses(key):
         half, _ = process.loss(half_precision, x_0, key)
         full, _ = process.loss(network_for(process), x_0.astype(jnp.float32), key)
@@ -63,9 +59,9 @@ def test_loss_is_computed_in_float32(process):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_loss_is_differentiable_under_jit(process):
-    x_0 = jax.random.normal(jax.random.key(1), (4, 4, 4, 2))
+    x_0 = normal(1, (4, 4, 4, 2))
 
-    @jax.jit
+    @quick_jit
     def gradient(gain):
         def loss(gain):
             return process.loss(
@@ -82,6 +78,7 @@ def test_loss_is_differentiable_under_jit(process):
 def test_keys():
     keys = example_keys(jax.random.key(0), 5)
     assert keys.shape == (5,)
+    assert keys[3] == jax.random.fold_in(jax.random.key(0), 3)
     assert example_keys(keys, 5) is keys
     noise = normal_each(keys, (3,), jnp.float32)
     assert np.unique(noise).size == 15
@@ -89,6 +86,13 @@ def test_keys():
         example_keys(keys, 4)
     with pytest.raises(TypeError, match=r"jax\.random\.key"):
         example_keys(jax.random.PRNGKey(0), 2)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_network_of_too_few_channels_is_refused(process):
+    """Rather than broadcast to a loss that means nothing."""
+    with pytest.raises(ValueError, match="puts out 1 channels"):
+        process.loss(lambda x, time: x[..., :1], jnp.zeros((2, 1, 1, 2)), jax.random.key(0))
 
 
 def test_mean_each():

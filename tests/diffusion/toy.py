@@ -17,6 +17,7 @@ from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.diffusion.gaussian import GaussianProcess
 from dydilit_jax.diffusion.process import Network, like
 from dydilit_jax.diffusion.samplers import Sampler, integrate
+from tests.diffusion.compiling import quick_jit
 
 MEAN = np.array([0.5, -0.3, 0.1])
 STD = np.array([0.2, 0.5, 1.3])
@@ -25,7 +26,7 @@ STD = np.array([0.2, 0.5, 1.3])
 def clean(x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """E[x_0 | x], with alpha and sigma ready to multiply x."""
     shrink = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-    return (MEAN + shrink * (x - alpha * MEAN)).astype(x.dtype)
+    return jnp.asarray(MEAN + shrink * (x - alpha * MEAN), x.dtype)
 
 
 def flow_network(process: RectifiedFlow) -> Network:
@@ -106,7 +107,7 @@ def affine_map(
         return jnp.zeros_like(start).at[step + 2].set(1.0)
 
     ends = np.asarray(
-        jax.jit(lambda x: integrate(sampler, network, x, noise_of_step))(start)[:, 0, 0]
+        quick_jit(lambda x: integrate(sampler, network, x, noise_of_step))(start)[:, 0, 0]
     )
     return ends[0], ends[1] - ends[0], ends[2:] - ends[0]
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dydilit_jax.diffusion.flow import (
@@ -48,7 +47,7 @@ class FlowSampler(Thresholding):
 
     Attributes:
       process: the rectified flow the network was trained on.
-      steps: number of steps; each evaluates the network once, and Heun's twice.
+      steps: number of steps; each evaluates the network once, but for Heun's.
 
     Raises:
       UserError: for steps < 1, and as `Thresholding`.
@@ -74,13 +73,11 @@ class FlowSampler(Thresholding):
         return State(x)
 
     def velocity(self, network: Network, x: jax.Array, t: jax.Array) -> jax.Array:
-        """The network's velocity at x (B, H, W, C) and scalar t, its x_0 brought into range."""
+        """The network's velocity at x (B, H, W, C) and scalar t > 0, its x_0 brought into range."""
         velocity = self.process.velocity(network, x, t)
         if not self.thresholds:
             return velocity
-        x_0 = self.restrict(x_0_from_velocity(velocity, x, t))
-        divisible_t = jnp.where(t > 0, t, 1.0)
-        return jnp.where(t > 0, velocity_from_x_0(x_0, x, divisible_t), velocity)
+        return velocity_from_x_0(self.restrict(x_0_from_velocity(velocity, x, t)), x, t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +92,22 @@ class Euler(FlowSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(FlowSampler):
-    """Equation (2): second order, two evaluations a step, the last of them at t = 0."""
+    """Equation (2): second order, two evaluations a step, and one in the last.
+
+    The last step is Euler's, as in EDM (Karras et al. 2206.00364, algorithm 1): networks are hardly
+    trained at t = 0, and the order does not suffer.
+    """
 
     def step(self, network: Network, state: State, row: Row, noise: Noise) -> State:
         """One step from t to s."""
         t, s = row["t"], row["s"]
         here = self.velocity(network, state.x, t)
-        there = self.velocity(network, state.x - (t - s) * here, s)
-        return State(state.x - (t - s) * 0.5 * (here + there))
+        euler = state.x - (t - s) * here
+
+        def corrected() -> jax.Array:
+            return state.x - (t - s) * 0.5 * (here + self.velocity(network, euler, s))
+
+        return State(jax.lax.cond(s > 0, corrected, lambda: euler))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +119,9 @@ class EulerMaruyama(FlowSampler):
         `constant` c; `SBDM` c t / (1 - t); `sigma` c t; `linear` c t (the same on straight paths);
         `decreasing` (1 - c cos(pi t))^2 / 4; `increasing-decreasing` c sin(pi t)^2.
       diffusion_norm: c.
-      last_step: how the last `last_step_size` of time is crossed: `mean`: (3) without its noise;
-        `euler`: (1), which is Tweedie's estimate of x_0; `none`: no step apart, the steps reach 0.
+      last_step: how the last `last_step_size` of time is crossed. `mean`: (3) without its noise,
+        which needs a w(t) that is small there, and so not `constant`. `euler`: (1), which is
+        Tweedie's estimate of x_0. `none`: no step apart, the others reach 0.
       last_step_size: in unshifted time; without meaning for `none`.
       start_epsilon: `SBDM` alone, whose w is infinite at t = 1, starts at 1 - start_epsilon (SiT's
         sample_eps). None: 1 / (steps + 1), about one step, which keeps w (t - s) near 1 or below:

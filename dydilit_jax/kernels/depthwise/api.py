@@ -30,8 +30,8 @@ def depthwise_conv(
     """Convolve each channel with its own k x k kernel: stride 1, zero padding, same size.
 
     A correlation, as torch's Conv2d and lax.conv: kernel[0, 0] multiplies the pixel above and to
-    the left. Products and sums run in float32 (float64 for float64). Differentiable in reverse mode.
-    Source: LiT (arXiv 2501.12976) for V, SANA (arXiv 2410.10629) for Mix-FFN; method.md (iii).
+    the left. Products and sums run in float32 (float64 for float64). Differentiable (reverse mode).
+    Source: LiT (arXiv 2501.12976) for V, SANA (arXiv 2410.10629) for Mix-FFN.
 
     Args:
       x: (B, H, W, C), any float dtype.

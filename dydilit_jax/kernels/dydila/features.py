@@ -104,6 +104,16 @@ class CoreInputs(NamedTuple):
     noise_key: jax.Array | None = None
 
 
+def accumulated(equation: str, first: jax.Array, second: jax.Array) -> jax.Array:
+    """An einsum of two arrays whose products are summed in float32 (float64 for float64).
+
+    Operands are widened rather than the product's dtype named: XLA's CPU back end has no batched
+    bfloat16 product into float32, and a TPU takes widened operands in one bfloat16 pass anyway.
+    """
+    dtype = jnp.promote_types(first.dtype, jnp.float32)
+    return jnp.einsum(equation, first.astype(dtype), second.astype(dtype))
+
+
 class Features(NamedTuple):
     """What the two products and the denominator need, all (B, N, H, d) in the inputs' dtype.
 

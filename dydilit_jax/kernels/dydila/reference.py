@@ -8,7 +8,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, differential_features
+from dydilit_jax.kernels.dydila.features import (
+    CoreInputs,
+    CoreOptions,
+    accumulated,
+    differential_features,
+)
 from dydilit_jax.kernels.dydila.xla import CoreOutput, denominator, normalize, rotated
 
 
@@ -19,10 +24,8 @@ def attention_weights(inputs: CoreInputs, options: CoreOptions) -> jax.Array:
     """
     features = differential_features(inputs, options)
     query, key = rotated(features, inputs)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    weights = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=dtype)
-    weights = weights / query.shape[1]
-    den = denominator(features, options, dtype)
+    weights = accumulated("bnhd,bmhd->bhnm", query, key) / query.shape[1]
+    den = denominator(features, options, weights.dtype)
     return weights if den is None else weights / den.transpose(0, 2, 1)[..., None]
 
 
@@ -31,10 +34,8 @@ def explicit_attention(inputs: CoreInputs, options: CoreOptions) -> CoreOutput:
     features = differential_features(inputs, options)
     query, key = rotated(features, inputs)
     value = inputs.value.reshape(query.shape)
-    dtype = jnp.promote_types(value.dtype, jnp.float32)
-    weights = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=dtype)
-    weights = weights / query.shape[1]
-    numerator = jnp.einsum("bhnm,bmhe->bnhe", weights, value.astype(dtype))
+    weights = accumulated("bnhd,bmhd->bhnm", query, key) / query.shape[1]
+    numerator = jnp.einsum("bhnm,bmhe->bnhe", weights, value.astype(weights.dtype))
     output, den = normalize(numerator, features, options)
     return CoreOutput(
         output.reshape(inputs.value.shape).astype(value.dtype), den, features.routings

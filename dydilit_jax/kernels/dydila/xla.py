@@ -17,6 +17,7 @@ from dydilit_jax.kernels.dydila.features import (
     CoreInputs,
     CoreOptions,
     Features,
+    accumulated,
     differential_features,
 )
 from dydilit_jax.kernels.rotary import rotate
@@ -77,12 +78,8 @@ def linear_attention(inputs: CoreInputs, options: CoreOptions) -> CoreOutput:
     features = differential_features(inputs, options)
     query, key = rotated(features, inputs)
     value = inputs.value.reshape(query.shape)
-    dtype = jnp.promote_types(value.dtype, jnp.float32)
-    tokens = query.shape[1]
-    state = jnp.einsum("bnhd,bnhe->bhde", key, value, preferred_element_type=dtype) / tokens
-    numerator = jnp.einsum(
-        "bnhd,bhde->bnhe", query, state.astype(query.dtype), preferred_element_type=dtype
-    )
+    state = accumulated("bnhd,bnhe->bhde", key, value) / query.shape[1]
+    numerator = accumulated("bnhd,bhde->bnhe", query, state)
     output, den = normalize(numerator, features, options)
     return CoreOutput(
         output.reshape(inputs.value.shape).astype(value.dtype), den, features.routings

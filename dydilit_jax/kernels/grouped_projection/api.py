@@ -37,14 +37,14 @@ def grouped_projection(
 
     Differentiable in x, bank and weights (reverse mode). Products run in `x.dtype` and sum in
     float32 (float64 for float64); the gradient of a float32 bank is not rounded to `x.dtype`.
-    Source: arXiv 2601.13683, dynamic projection module; method.md (i).
+    Source: arXiv 2601.13683, dynamic projection module.
 
     Args:
       x: (..., D) tokens, any leading dimensions.
       bank: (n, D, E), one matrix for each bank, in any float dtype.
       weights: (..., n) float32, zero off `index`: one-hot, or one-hot times the router's
         probability. For soft routing (all weights in use) name `implementation="dense"` and
-        straight_through=True: no other combination reads the weights off `index`.
+        straight_through=True; `blocks` is only right for weights that are zero off `index`.
       index: (...,) integers in [0, n), the routed bank. A value out of range is not detected.
       straight_through: with True the gradient of the weights is dy_i . (x_i W_j) for every j, as if
         every bank had been computed; with False it is zero off `index`, and cheaper.
@@ -98,18 +98,18 @@ def _projection(
     implementation: str | None,
 ) -> jax.Array:
     """`grouped_projection` for x (T, D), weights (T, n), index (T,)."""
-
-    def dense(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
-        used = weights if straight_through else weights * reference.one_hot(index, weights)
-        return reference.dense(x, bank, used).astype(x.dtype)
-
     arguments = (x, bank, weights, index)
     match implementation or _choice(x, bank):
         case "dense":
-            return dense(*arguments)
+            return _dense(*arguments)
         case "blocks":
             return xla.blocks(*arguments)
-    return lax.platform_dependent(*arguments, cpu=xla.blocks, default=dense)
+    return lax.platform_dependent(*arguments, cpu=xla.blocks, default=_dense)
+
+
+def _dense(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+    """Return `reference.dense` with the signature of `xla.blocks`."""
+    return reference.dense(x, bank, weights).astype(x.dtype)
 
 
 def _projection_forward(

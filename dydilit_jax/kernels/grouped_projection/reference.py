@@ -53,7 +53,7 @@ def dense_gradient(
     Args:
       x: (T, D) tokens.
       bank: (n, D, E).
-      weights: (T, n).
+      weights: (T, n), zero off `index` unless `straight_through`.
       index: (T,) integers, the routed bank.
       dy: (T, E) in `x.dtype`.
       straight_through: whether `dw` is wanted for every bank, or only for the routed one.
@@ -68,7 +68,6 @@ def dense_gradient(
         routed_dy = dense(dy, bank.swapaxes(1, 2), routed)
         dx = (jnp.sum(weights * routed, axis=1, keepdims=True) * routed_dy).astype(x.dtype)
         dweights = (routed * jnp.sum(x * routed_dy, axis=1, keepdims=True)).astype(weights.dtype)
-        weights = weights * routed
     dbank = jnp.einsum(
         "tnd,te->nde", _weigh(x, weights), dy, preferred_element_type=accumulator(x.dtype)
     )

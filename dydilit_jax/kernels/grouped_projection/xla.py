@@ -1,10 +1,10 @@
 """The grouped projection with only the routed product of each token: tokens in blocks of one bank.
 
 A plan (a counting sort of the tokens by bank, each bank's run padded to whole blocks) is followed
-by one loop over the blocks in use. A block gathers its tokens' rows, multiplies them by the one bank
-it belongs to and writes the result rows back where they came from. What a block gathers stays in the
-cache, and nothing of the size of the activations is stored besides the result; the loop ends with
-the last block in use, so padding costs at most one partial block a bank.
+by one loop over the blocks in use. A block gathers its tokens' rows, multiplies them by the one
+bank it belongs to and writes the result rows back where they came from. What a block gathers stays
+in the cache, and nothing of the size of the activations is stored besides the result; the loop ends
+with the last block in use, so padding costs at most one partial block a bank.
 
 Forward (1), and backward with the routed bank u = index_i only, cost three products:
 
@@ -14,8 +14,9 @@ Forward (1), and backward with the routed bank u = index_i only, cost three prod
 
 With straight-through, g is needed for every bank: n products without any routing, n + 2 in all.
 Chosen by measurement on CPU over one batched product with the blocks' banks gathered (as fast
-forward, but up to twice the time backward at 4,096 x 384, from its larger temporaries), a `lax.scan`
-over all possible blocks, and `jax.lax.ragged_dot` (dense inside there): benchmarks/projection.py.
+forward, but up to twice the time backward at 4,096 x 384, from its larger temporaries), a
+`lax.scan` over all possible blocks, and `jax.lax.ragged_dot` (dense inside there); see
+benchmarks/projection.py.
 """
 
 from __future__ import annotations

@@ -75,9 +75,9 @@ class ProjectorBank(nnx.Module):
         self, x: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, routing.Routing | None]:
         """(B, N, D) to the redundancy Q' or K' (B, N, D), and what the router chose."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
         if self.router is None:
-            return x @ kernel[0], None
+            return x @ kernel[0].astype(x.dtype), None
         jitter_key, choice_key = _split(key, 2)
         logits = routing.router_logits(x, self.router[...], jitter=self.jitter, key=jitter_key)
         chosen = routing.route(logits, self.training, key=choice_key)
