@@ -39,16 +39,17 @@ def command():
         cwd=ROOT,
         env=ENVIRONMENT,
     ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
+        questions, answers = server.stdin, server.stdout
+        assert questions is not None
+        assert answers is not None
 
         def run(*arguments):
-            server.stdin.write(json.dumps(arguments) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
+            questions.write(json.dumps(arguments) + "\n")
+            questions.flush()
+            return json.loads(answers.readline())
 
         yield run
-        server.stdin.close()
+        questions.close()
 
 
 def start(*arguments, **options):
@@ -291,6 +292,8 @@ SMALL = [
     "--config.model.width=16",
     "--config.model.patch_size=4",
     "--config.model.attention.depthwise=3",
+    "--config.model.attention.exponents=1",
+    "--config.model.attention.lambdas=1",
     "--config.data.batch_size=16",
     "--config.optimizer.schedule=constant",
     "--config.train.log_every=1",

@@ -117,6 +117,8 @@ class ModelConfig:
       depth: number of blocks.
       width: D, channels of a token.
       position: `sincos` (fixed 2D sine-cosine table), `rope` (rotary) or `none`.
+      time_frequency_shift: time's frequencies are 10000^(-i / (128 - shift)): 0 as the official DiT
+        and SiT have them, 1 as diffusers has DiT's.
       label_dropout: share of labels dropped while training, for classifier-free guidance.
       dtype: dtype of the computation; parameters are float32.
       scan_layers: run the blocks in one scanned loop (compile time does not grow with depth) or
@@ -134,6 +136,7 @@ class ModelConfig:
     depth: int = 12
     width: int = 384
     position: str = "sincos"
+    time_frequency_shift: int = 0
     label_dropout: float = 0.1
     dtype: str = "float32"
     scan_layers: bool = True
@@ -147,6 +150,10 @@ class ModelConfig:
         _one_of("dtype", self.dtype, DTYPES)
         for field in ("image_size", "channels", "patch_size", "num_classes", "depth", "width"):
             _at_least(f"model.{field}", getattr(self, field), 1)
+        if self.time_frequency_shift not in (0, 1):
+            raise UserError(
+                f"model.time_frequency_shift must be 0 or 1, got {self.time_frequency_shift}"
+            )
         if not 0.0 <= self.label_dropout < 1.0:
             raise UserError(f"model.label_dropout must be in [0, 1), got {self.label_dropout}")
         if self.image_size % self.patch_size:

@@ -132,7 +132,9 @@ class DyDiLiT(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.time_embed = TimeEmbedding(config.width, dtype=dtype, rngs=rngs)
+        self.time_embed = TimeEmbedding(
+            config.width, config.time_frequency_shift, dtype=dtype, rngs=rngs
+        )
         self.label_embed = LabelEmbedding(config.num_classes, config.width, dtype=dtype, rngs=rngs)
         make = nnx.vmap(lambda layer: Block(config, rngs=layer), in_axes=0, out_axes=0)
         self.blocks = make(rngs.split(config.depth))

@@ -27,10 +27,13 @@ def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
-def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES) -> jax.Array:
-    """Cosines then sines of time at geometric frequencies: (B,) to (B, frequencies) float32."""
+def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES, shift: int = 0) -> jax.Array:
+    """Cosines then sines of time at geometric frequencies: (B,) to (B, frequencies) float32.
+
+    The frequencies are 10000^(-i / (frequencies / 2 - shift)); shift 1 reaches 1/10000, 0 not quite.
+    """
     half = frequencies // 2
-    frequency = jnp.exp(-np.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = jnp.exp(-np.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -38,14 +41,18 @@ def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES) -> jax.Arra
 class TimeEmbedding(nnx.Module):
     """Sinusoids of time through a two-layer network: (B,) to (B, width)."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, frequency_shift: int = 0, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.frequency_shift = frequency_shift
         init = nnx.initializers.normal(0.02)
         self.hidden = nnx.Linear(FREQUENCIES, width, kernel_init=init, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, time: jax.Array) -> jax.Array:
         """Embeds times (B,)."""
-        return self.out(jax.nn.silu(self.hidden(sinusoidal_time(time))))
+        sinusoids = sinusoidal_time(time, shift=self.frequency_shift)
+        return self.out(jax.nn.silu(self.hidden(sinusoids)))
 
 
 class LabelEmbedding(nnx.Module):

@@ -1,6 +1,7 @@
 """A step on eight devices against the same step on one."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,14 +58,14 @@ def test_eight_devices_compute_what_one_does(histories, mesh):
     for name, value in metrics[-1].items():
         np.testing.assert_allclose(value, one_metrics[-1][name], rtol=1e-3, atol=1e-5, err_msg=name)
     for name, value in states[-1].items():
-        np.testing.assert_allclose(value, one_states[-1][name], rtol=1e-4, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(value, one_states[-1][name], rtol=0, atol=2e-5, err_msg=name)
 
 
 def test_every_parameter_is_moved_by_far_more_than_that_tolerance(histories):
     states, _, _ = histories["one"]
     for name, value in states[-1].items():
         if name.startswith("parameters/"):
-            assert np.max(np.abs(value - states[0][name])) > 1e-3, name
+            assert np.max(np.abs(value - states[0][name])) > 4e-4, name
 
 
 def test_parameters_moments_and_average_are_cut_alike(histories):
@@ -181,10 +182,10 @@ def test_a_state_comes_out_of_a_step_as_it_goes_in(kind):
         "label": jax.ShapeDtypeStruct((16,), np.int32),
     }
     after, _ = jax.eval_shape(make_step(network), before, batch)
-    assert jax.tree.structure(before) == jax.tree.structure(after)
-    paths = jax.tree_util.tree_flatten_with_path(before)[0]
-    for (path, one), other in zip(paths, jax.tree.leaves(after), strict=True):
+    paths, others = (jax.tree_util.tree_flatten_with_path(each)[0] for each in (before, after))
+    for (path, one), (other_path, other) in zip(paths, others, strict=True):
         where = path_of(path)
+        assert where == path_of(other_path)
         assert (one.shape, one.dtype) == (other.shape, other.dtype), where
         assert one.weak_type == other.weak_type, where
 
@@ -198,7 +199,7 @@ def test_average_before_the_first_step_is_finite():
 
 
 def test_labels_are_dropped_in_their_share():
-    labels = np.arange(20_000) % 10
+    labels = jnp.arange(20_000) % 10
     dropped = np.asarray(drop_labels(labels, jax.random.key(0), 0.1, 10))
     gone = dropped == 10
     assert abs(gone.mean() - 0.1) < 0.01

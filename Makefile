@@ -1,0 +1,48 @@
+# What a user and a developer type. PYTHON chooses the interpreter, VENV the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/digits
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    train DyDi-LiT on handwritten digits, sample and score it (CPU, minutes)"
+	@echo "make test    install what tests need and run them all"
+	@echo "make lint    ruff (format and lint) and mypy"
+	@echo "make format  let ruff format the code"
+	@echo "make bench   the benchmarks that README's figures come from"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m dydilit_jax.train --config=configs/digits.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.projection
+	$(BIN)/python -m benchmarks.depthwise
+
+clean:
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache
