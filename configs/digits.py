@@ -2,18 +2,20 @@
 
 Command:   python -m dydilit_jax.train --config=configs/digits.py --workdir=runs/digits
 Variants:  --config=configs/digits.py:attention=relu,size=tiny,feedforward=mlp
+           --config=configs/digits.py:process=gaussian
 """
 
 from ml_collections import ConfigDict
 
 from dydilit_jax import config as c
-from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.models.config import ModelConfig, size_fields
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """The config for `attention=...,size=...,feedforward=...`."""
-    choice = c.parse_argument(argument, attention="dydila", size="tiny", feedforward="auto")
+    """The config for `attention=...,size=...,feedforward=...,process=...`."""
+    choice = c.parse_argument(
+        argument, attention="dydila", size="tiny", feedforward="auto", process="flow"
+    )
     feedforward = c.feedforward_for(choice["attention"], choice["feedforward"])
     return c.Config(
         model=ModelConfig(
@@ -24,7 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
             **size_fields(choice["size"], choice["attention"], feedforward),
         ),
         data=c.DataConfig(source="digits", batch_size=128),
-        diffusion=c.DiffusionConfig(process="flow", flow=RectifiedFlow()),
+        diffusion=c.DiffusionConfig(process=choice["process"]),
         optimizer=c.OptimizerConfig(
             learning_rate=3e-3,
             schedule="cosine",
@@ -32,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
             clip_norm=1.0,
             ema_decay=0.995,
         ),
-        train=c.TrainConfig(steps=1_200, log_every=50, checkpoint_every=400, sample_every=400),
-        sampling=c.SamplingConfig(sampler="euler", steps=50, guidance_scale=1.5, batch_size=250),
+        train=c.TrainConfig(steps=1_600, log_every=50, checkpoint_every=400, sample_every=400),
+        sampling=c.SamplingConfig(steps=50, guidance_scale=1.5, batch_size=250),
         evaluation=c.EvaluationConfig(num=1_000),
     ).to_dict()

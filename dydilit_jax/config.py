@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from dydilit_jax.diffusion.flow import RectifiedFlow
+from dydilit_jax.diffusion.gaussian import GaussianProcess
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.models.config import FEEDFORWARDS, ModelConfig
 
@@ -44,12 +45,41 @@ class DiffusionConfig:
     """What the network is trained for.
 
     Attributes:
-      process: `flow` (rectified flow, as SiT).
+      process: `flow` (rectified flow, as SiT) or `gaussian` (DiT's, with learned variance).
       flow: fields of diffusion/flow.py's RectifiedFlow.
+      gaussian: fields of diffusion/gaussian.py's GaussianProcess.
     """
 
     process: str = "flow"
     flow: RectifiedFlow = RectifiedFlow()
+    gaussian: GaussianProcess = GaussianProcess()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InheritanceConfig:
+    """Where the parameters start, as LiT (arXiv 2501.12976) inherits a DiT's.
+
+    Attributes:
+      checkpoint: weights that `convert` wrote, or a DiT's file; all they have in common with the
+        network is taken from them at step 0. Empty: start from scratch.
+    """
+
+    checkpoint: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """A teacher's predictions as further terms of the loss (LiT's hybrid distillation).
+
+    Attributes:
+      teacher: weights of a network for the same process, as InheritanceConfig's; empty for none.
+      prediction_weight: weight of the mean squared difference of the predictions (noise, velocity).
+      variance_weight: the same of the learned variances, where both networks have one.
+    """
+
+    teacher: str = ""
+    prediction_weight: float = 0.5
+    variance_weight: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +145,24 @@ class SamplingConfig:
     """How images are drawn.
 
     Attributes:
-      sampler: a name in diffusion/samplers.
+      sampler: a name in diffusion/samplers; empty for the process's own: `euler` or `ddpm`.
       steps: steps of the sampler.
+      options: further fields of the sampler, `name=value,name=value`: `eta=0.5` of `ddim`,
+        `dynamic_threshold=99.5` of any.
       guidance_scale: scale of classifier-free guidance; 1 for none.
+      guidance_low, guidance_high: times between which guidance acts, 0 at data and 1 at noise.
+      guidance_channels: guide the first so many channels; 0 for all (published DiT samples: 3).
       batch_size: images drawn at once.
       grid_rows: rows of the sample grid; its columns are the labels, ten of them at most.
     """
 
-    sampler: str = "euler"
+    sampler: str = ""
     steps: int = 50
+    options: str = ""
     guidance_scale: float = 1.5
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    guidance_channels: int = 0
     batch_size: int = 250
     grid_rows: int = 4
 
@@ -146,13 +184,16 @@ class Config:
 
     Attributes:
       seed: of initialisation, data order, noise and dropped labels.
-      model, data, diffusion, optimizer, mesh, train, sampling, evaluation: their sections.
+      model, data, diffusion, inheritance, distillation, optimizer, mesh, train, sampling,
+        evaluation: their sections.
     """
 
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    inheritance: InheritanceConfig = InheritanceConfig()
+    distillation: DistillationConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -214,7 +255,11 @@ _LEAST = {
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 1,
     "train.sample_every": 0,
+    "distillation.prediction_weight": 0,
+    "distillation.variance_weight": 0,
     "sampling.steps": 1,
+    "sampling.guidance_scale": 0,
+    "sampling.guidance_channels": 0,
     "sampling.batch_size": 1,
     "sampling.grid_rows": 1,
     "evaluation.num": 0,

@@ -1,7 +1,7 @@
 """Brings weights in and out, in a layout that is told by its names.
 
-    python -m dydilit_jax.convert --source=DiT-XL-2-256x256.pt --out=pretrained/dit-xl-2
-    python -m dydilit_jax.convert --workdir=runs/x --out=exported --layout=diffusers
+python -m dydilit_jax.convert --source=DiT-XL-2-256x256.pt --out=pretrained/dit-xl-2
+python -m dydilit_jax.convert --workdir=runs/x --out=exported --layout=diffusers
 """
 
 from __future__ import annotations

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from dydilit_jax import cli
-from dydilit_jax.errors import UserError
+from dydilit_jax.config import Config, SamplingConfig
+from dydilit_jax.errors import UserError, unknown_name
+
+FORMATS = ("png", "npz")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run.")
 _LABELS = flags.DEFINE_string("labels", "", "Labels to draw, like 0,1,2; empty for all of them.")
 _NUM = flags.DEFINE_integer("num", 30, "Images to draw; the labels take turns.", lower_bound=1)
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 for none; default: the config's.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "Name of a sampler; default: the config's.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler; default: the config's.")
+_OPTIONS = flags.DEFINE_string("options", None, "Fields of the sampler, like eta=0.5.")
+_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 for none; default: the config's.")
+_GUIDANCE_INTERVAL = flags.DEFINE_string(
+    "guidance_interval", None, "Times LOW,HIGH within which guidance acts: 0 data, 1 noise."
+)
+_GUIDANCE_CHANNELS = flags.DEFINE_integer(
+    "guidance_channels", None, "Guide the first so many channels; 0 for all."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once; default: the config's.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; an image depends on it, its index and label alone.")
-_OUT = flags.DEFINE_string("out", "samples.png", "PNG file to write the grid to.")
+_OUT = flags.DEFINE_string(
+    "out", "samples.png", "A .png for one grid, a folder for a PNG each, or an .npz."
+)
+_FORMAT = flags.DEFINE_string("format", None, "png or npz; default: what --out ends in.")
 
 
 def parse_labels(text: str, num_classes: int) -> np.ndarray:
@@ -38,52 +54,135 @@ def parse_labels(text: str, num_classes: int) -> np.ndarray:
     return labels
 
 
-def main() -> None:
-    """Draws a grid of images from a workdir's averaged parameters."""
-    workdir = Path(cli.required(_WORKDIR.value, "workdir"))
-    out = Path(_OUT.value)
-    if out.suffix != ".png":
-        raise UserError(f"--out={out} must end in .png")
+def parse_interval(text: str) -> tuple[float, float]:
+    """LOW,HIGH as numbers; their range is checked where they are used."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--guidance_interval={text} expects two numbers, like 0.1,0.9") from error
+    return low, high
+
+
+def output_format(out: Path, name: str | None) -> str:
+    """`png` or `npz`, from --format or the end of --out; checks that --out can be written.
+
+    Raises:
+      UserError: an unknown format, one that --out contradicts, or a folder that does not exist.
+    """
+    name = name or ("npz" if out.suffix == ".npz" else "png")
+    if name not in FORMATS:
+        raise unknown_name("format", name, FORMATS)
+    if name == "npz" and out.suffix != ".npz":
+        raise UserError(f"--format=npz writes an .npz file, --out={out} does not end in .npz")
+    if name == "png" and out.suffix not in ("", ".png"):
+        raise UserError(f"--format=png writes a .png file or a folder, --out={out} is neither")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: directory {str(out.parent)!r} does not exist")
+    return name
 
-    from dydilit_jax.data.sources import load_source
-    from dydilit_jax.drawing import draw_grid, save_png
+
+def sampling_from_flags(config: SamplingConfig) -> SamplingConfig:
+    """The run's sampling section with what the flags say in place of it."""
+    fields: dict[str, Any] = {
+        "sampler": _SAMPLER.value,
+        "steps": _STEPS.value,
+        "options": _OPTIONS.value,
+        "guidance_scale": _GUIDANCE_SCALE.value,
+        "guidance_channels": _GUIDANCE_CHANNELS.value,
+        "batch_size": _BATCH_SIZE.value,
+    }
+    if _GUIDANCE_INTERVAL.value is not None:
+        low, high = parse_interval(_GUIDANCE_INTERVAL.value)
+        fields |= {"guidance_low": low, "guidance_high": high}
+    return dataclasses.replace(
+        config, **{name: value for name, value in fields.items() if value is not None}
+    )
+
+
+def main() -> None:
+    """Draws images from a workdir's averaged parameters: a grid, a folder or an .npz."""
+    workdir = Path(cli.required(_WORKDIR.value, "workdir"))
+    out = Path(_OUT.value)
+    form = output_format(out, _FORMAT.value)
+
+    from tqdm import tqdm
+
+    from dydilit_jax.training import request
     from dydilit_jax.training.checkpoint import Checkpointer, has_checkpoint, load_config
     from dydilit_jax.training.generation import generate_images
     from dydilit_jax.training.optimizer import ema_parameters
     from dydilit_jax.training.sharding import make_mesh
     from dydilit_jax.training.state import Network, abstract_state
 
-    config = load_config(workdir)
+    trained = load_config(workdir)
     if not has_checkpoint(workdir):
         raise UserError(f"workdir {str(workdir)!r} has no checkpoint yet: train first")
-    choices = parse_labels(_LABELS.value, config.model.num_classes)
-    overrides = {"guidance_scale": _GUIDANCE_SCALE.value, "steps": _STEPS.value}
-    sampling = dataclasses.replace(
-        config.sampling, **{name: value for name, value in overrides.items() if value is not None}
+    # Through the config's own checks; Network.create then checks the sampler.
+    config = Config.from_dict(
+        dataclasses.asdict(
+            dataclasses.replace(trained, sampling=sampling_from_flags(trained.sampling))
+        )
     )
+    choices = parse_labels(_LABELS.value, config.model.num_classes)
+    labels = np.resize(choices, _NUM.value)
     mesh = make_mesh(config.mesh)
     network = Network.create(config)
     step, ema = Checkpointer(workdir).restore_ema(abstract_state(network, mesh))
-    labels = np.resize(choices, _NUM.value)
-    images = generate_images(
+    asked = {
+        "workdir": str(workdir.resolve()),
+        "step": step,
+        "seed": _SEED.value,
+        "num": _NUM.value,
+        "labels": choices.tolist(),
+        # The size of a batch changes no image.
+        **dataclasses.asdict(dataclasses.replace(config.sampling, batch_size=1, grid_rows=1)),
+    }
+    parts = request.Parts(out, asked)
+    done = parts.done()
+    if done:
+        print(f"{done} of {len(labels)} images are there already")
+    batches = generate_images(
         network,
         ema_parameters(ema, config.optimizer),
         labels,
         seed=_SEED.value,
-        config=sampling,
+        config=config.sampling,
         mesh=mesh,
+        first=done,
     )
+    with tqdm(total=len(labels), initial=done, unit="image", desc="sampling") as bar:
+        for count in request.draw_parts(parts, batches, done):
+            bar.update(count)
+    if form == "npz":
+        request.write_npz(parts, labels, out)
+    elif out.suffix == ".png":
+        title = (
+            f"{config.data.source}, step {step}, guidance {config.sampling.guidance_scale:g}, "
+            f"seed {_SEED.value}"
+        )
+        write_grid(np.concatenate(list(parts.read())), labels, out, config, title)
+    else:
+        request.write_pngs(parts, labels, out)
+    parts.delete()
+    print(f"wrote {_NUM.value} images of step {step} to {out}")
+
+
+def write_grid(
+    pixels: np.ndarray, labels: np.ndarray, out: Path, config: Config, title: str
+) -> None:
+    """One picture of all images (n, H, W, C) uint8: a column for each label, up to ten."""
+    from dydilit_jax.data.sources import load_source
+    from dydilit_jax.drawing import draw_grid, save_png
+
     names = load_source(config.data.source).label_names
+    distinct = len(np.unique(labels))
     picture = draw_grid(
-        np.concatenate(list(images)),
-        columns=min(len(choices), 10) if len(choices) > 2 else min(_NUM.value, 10),
-        title=f"{config.data.source}, step {step}, guidance {sampling.guidance_scale:g}",
+        pixels / 127.5 - 1.0,
+        columns=min(distinct if distinct > 2 else len(labels), 10),
+        title=title,
         labels=[names[label] for label in labels],
     )
     save_png(picture, out)
-    print(f"wrote {_NUM.value} images of step {step} to {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests run on eight host devices of a CPU; most of their time is compilation, so XLA tries less."""
+"""Tests run on eight host devices of a CPU; most of their time is compilation: XLA tries less."""
 
 import os
 

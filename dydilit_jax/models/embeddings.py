@@ -41,9 +41,7 @@ def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES, shift: int 
 class TimeEmbedding(nnx.Module):
     """Sinusoids of time through a two-layer network: (B,) to (B, width)."""
 
-    def __init__(
-        self, width: int, frequency_shift: int = 0, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, frequency_shift: int = 0, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.frequency_shift = frequency_shift
         init = nnx.initializers.normal(0.02)
         self.hidden = nnx.Linear(FREQUENCIES, width, kernel_init=init, dtype=dtype, rngs=rngs)

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from dydilit_jax.config import SamplingConfig
 from dydilit_jax.diffusion.guidance import classifier_free
-from dydilit_jax.diffusion.samplers import make_sampler, sample
+from dydilit_jax.diffusion.samplers import sample
 from dydilit_jax.errors import UserError
 from dydilit_jax.training.sharding import batch_sharding
-from dydilit_jax.training.state import Network
+from dydilit_jax.training.state import Network, configured_sampler
 
 Generate = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -26,7 +26,7 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
     whatever batch it is drawn in and on however many devices.
     """
     model = network.config.model
-    sampler = make_sampler(config.sampler, network.process, config.steps)
+    sampler = configured_sampler(config, network.config.diffusion)
 
     def generate(
         parameters: Any, key: jax.Array, indices: jax.Array, labels: jax.Array
@@ -37,6 +37,8 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
             labels,
             model.null_label,
             config.guidance_scale,
+            interval=(config.guidance_low, config.guidance_high),
+            channels=config.guidance_channels or None,
             time_max=network.process.time_max,
         )
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
@@ -62,6 +64,7 @@ def generate_images(
     seed: int,
     config: SamplingConfig,
     mesh: Mesh,
+    first: int = 0,
 ) -> Iterator[np.ndarray]:
     """Draws an image for each label, in order, and yields them batch by batch.
 
@@ -72,9 +75,10 @@ def generate_images(
       seed: image i is drawn from fold_in(key(seed), i).
       config: sampler, steps, guidance and batch size.
       mesh: the batch lies over all its devices; it is rounded up to a multiple of them.
+      first: index to start from; what comes before it is not drawn.
 
     Yields:
-      (b, H, W, C) float32, nominally in [-1, 1], not clipped; b sums to n.
+      (b, H, W, C) float32, nominally in [-1, 1], not clipped; b sums to n - first.
 
     Raises:
       UserError: a label outside the classes.
@@ -86,7 +90,7 @@ def generate_images(
     generate = compile_generator(network, config, mesh)
     key = jax.random.key(seed)
     sharding = batch_sharding(mesh)
-    for start in range(0, len(labels), batch):
+    for start in range(first, len(labels), batch):
         # The last batch is filled up with repetitions of its last image, which are cut off again.
         indices = np.minimum(np.arange(start, start + batch), len(labels) - 1).astype(np.int32)
         wanted = labels[indices].astype(np.int32)

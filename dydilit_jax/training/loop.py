@@ -27,6 +27,7 @@ from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.pixels import pixel_scores
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.generation import generate_images
+from dydilit_jax.training.inheritance import inherited_state, load_teacher
 from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.progress import Progress
 from dydilit_jax.training.sharding import batch_sharding, check_batch, make_mesh
@@ -128,6 +129,7 @@ class Run:
         check_batch(config.data.batch_size, self.mesh)
         self.network = Network.create(config)
         self.source, self.batches = load_data(config)
+        self.teacher = load_teacher(self.network, self.mesh)
         open_workdir(workdir, config)
         self.checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
 
@@ -136,7 +138,9 @@ class Run:
         step = self.checkpointer.latest_step()
         if step is None:
             truncate_metrics(self.workdir, 0)
-            return create_state(self.network, self.mesh)
+            state = create_state(self.network, self.mesh)
+            source = self.config.inheritance.checkpoint
+            return inherited_state(self.network, state, source) if source else state
         state, position = self.checkpointer.restore(abstract_state(self.network, self.mesh))
         self.batches.set_state(position)
         truncate_metrics(self.workdir, step)
@@ -245,7 +249,7 @@ def _loop(
     if step >= last_step:
         print(f"{run.workdir} is finished: {step} steps", flush=True)
         return state
-    train_step = compile_step(run.network, run.mesh)
+    train_step = compile_step(run.network, run.mesh, run.teacher)
     progress = Progress(intervals.steps, config.data.batch_size)
     previous: tuple[int, Metrics] | None = None
     while step < last_step:

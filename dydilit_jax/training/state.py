@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from typing import Any
 
@@ -11,10 +12,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dydilit_jax.config import Config, DiffusionConfig
+from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
 from dydilit_jax.diffusion.process import Process
-from dydilit_jax.diffusion.samplers import make_sampler
-from dydilit_jax.errors import unknown_name
+from dydilit_jax.diffusion.samplers import Sampler, make_sampler
+from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.models.count import abstract_parameters
 from dydilit_jax.models.dydilit import DyDiLiT
 from dydilit_jax.training.optimizer import make_ema, make_optimizer
@@ -47,10 +48,35 @@ def make_process(config: DiffusionConfig) -> Process:
     Raises:
       UserError: unknown process.
     """
-    processes = {"flow": config.flow}
+    processes: dict[str, Process] = {"flow": config.flow, "gaussian": config.gaussian}
     if config.process not in processes:
         raise unknown_name("diffusion process", config.process, processes)
     return processes[config.process]
+
+
+OWN_SAMPLER = {"flow": "euler", "gaussian": "ddpm"}
+
+
+def configured_sampler(config: SamplingConfig, diffusion: DiffusionConfig) -> Sampler:
+    """The sampler that a config names, for its process.
+
+    Raises:
+      UserError: an unknown sampler or option, one of another process, or values that do not fit.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in config.options.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"sampler option {part!r} has the form name=value")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            options[name] = value
+    name = config.sampler or OWN_SAMPLER[diffusion.process]
+    try:
+        return make_sampler(name, make_process(diffusion), config.steps, **options)
+    except TypeError as error:
+        raise UserError(f"sampler options {config.options!r} do not fit: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +102,7 @@ class Network:
         """
         process = make_process(config.diffusion)
         # Sampling comes late: its mistakes are to show before training.
-        make_sampler(config.sampling.sampler, process, config.sampling.steps)
+        configured_sampler(config.sampling, config.diffusion)
         module = nnx.eval_shape(
             lambda: DyDiLiT(
                 config.model,

@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 
 from dydilit_jax.diffusion.process import example_keys
 from dydilit_jax.models.attention.projections import Telemetry
+from dydilit_jax.training.inheritance import Teacher
 from dydilit_jax.training.optimizer import learning_rate_schedule, make_ema, make_optimizer
 from dydilit_jax.training.sharding import batch_sharding, replicated
 from dydilit_jax.training.state import Network, TrainState, state_shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""(state, batch) -> (next state, metrics); uncompiled, (state, batch, teacher's parameters)."""
 
 
 def drop_labels(labels: jax.Array, key: jax.Array, share: float, null_label: int) -> jax.Array:
@@ -29,7 +31,12 @@ def drop_labels(labels: jax.Array, key: jax.Array, share: float, null_label: int
 
 
 def training_loss(
-    network: Network, parameters: Any, batch: Batch, key: jax.Array
+    network: Network,
+    parameters: Any,
+    batch: Batch,
+    key: jax.Array,
+    teacher: Teacher | None = None,
+    teacher_parameters: Any = None,
 ) -> tuple[jax.Array, Metrics]:
     """Mean loss of a batch, and what to log of it.
 
@@ -38,6 +45,7 @@ def training_loss(
       parameters: its parameters.
       batch: `image` (B, H, W, C) in [-1, 1] and `label` (B,).
       key: of times, noise, dropped labels and routers' noise.
+      teacher: a network to learn from as well, and its parameters.
 
     Returns:
       The scalar loss; its terms and the routers' telemetry.
@@ -47,33 +55,42 @@ def training_loss(
     label_key, process_key, router_key = jax.random.split(key, 3)
     labels = drop_labels(batch["label"], label_key, config.label_dropout, config.null_label)
     telemetry: Telemetry = {}
+    distilled: dict[str, jax.Array] = {}
 
     def predict(x: jax.Array, time: jax.Array) -> jax.Array:
         output, layers = module(x, time, labels, key=router_key)
         telemetry.update(layers)
+        if teacher is not None:
+            distilled.update(teacher.terms(teacher_parameters, output, x, time, labels))
         return output
 
     losses, terms = network.process.loss(predict, batch["image"], process_key)
     loss = jnp.mean(losses)
-    metrics = {name: jnp.mean(term) for name, term in terms.items()}
+    if teacher is not None:
+        loss = loss + jnp.mean(teacher.loss(distilled))
+    metrics = {name: jnp.mean(term) for name, term in (terms | distilled).items()}
     weight = config.attention.load_balance_weight
     if weight and "load_balance" in telemetry:
         loss = loss + weight * jnp.mean(telemetry["load_balance"])
     return loss, {"loss": loss, **metrics, **telemetry}
 
 
-def make_step(network: Network) -> TrainStep:
+def make_step(network: Network, teacher: Teacher | None = None) -> TrainStep:
     """The step as a pure function, not yet compiled."""
     config = network.config
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     ema = make_ema(config.optimizer)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, teacher_parameters: Any = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        gradients, metrics = jax.grad(
-            lambda parameters: training_loss(network, parameters, batch, key), has_aux=True
-        )(state.parameters)
+
+        def loss(parameters: Any) -> tuple[jax.Array, Metrics]:
+            return training_loss(network, parameters, batch, key, teacher, teacher_parameters)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.parameters)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         _, ema_state = ema.update(parameters, state.ema)
@@ -92,13 +109,15 @@ def make_step(network: Network) -> TrainStep:
     return step
 
 
-def compile_step(network: Network, mesh: Mesh) -> TrainStep:
+def compile_step(network: Network, mesh: Mesh, teacher: Teacher | None = None) -> TrainStep:
     """The step jitted over the mesh; it takes over the memory of the state it is given."""
     shardings = state_shardings(network, mesh)
     batch = batch_sharding(mesh)
-    return jax.jit(
-        make_step(network),
-        in_shardings=(shardings, batch),
+    compiled = jax.jit(
+        make_step(network, teacher),
+        in_shardings=(shardings, batch, None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+    parameters = None if teacher is None else teacher.parameters
+    return lambda state, batch: compiled(state, batch, parameters)

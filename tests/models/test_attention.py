@@ -180,9 +180,7 @@ def test_lambda_zero_and_exponent_one_is_relu_attention():
     options = CoreOptions(heads=3)
     inputs = core_inputs()
     ones = Exponents(*(jnp.ones_like(e) for e in inputs.exponents))
-    plain = inputs._replace(
-        exponents=ones, lambdas=inputs.lambdas._replace(bank=jnp.zeros(4))
-    )
+    plain = inputs._replace(exponents=ones, lambdas=inputs.lambdas._replace(bank=jnp.zeros(4)))
     q, k, v = (
         np.asarray(a, np.float64).reshape(BATCH, -1, 3, 4)
         for a in (inputs.query, inputs.key, inputs.value)
@@ -236,7 +234,9 @@ def test_grouped_projection_equals_dense_in_the_module(training, monkeypatch):
         )
         results[implementation] = jax.value_and_grad(loss, argnums=(0, 1))(parameters, x)
     jax.tree_util.tree_map_with_path(
-        lambda path, a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5, err_msg=str(path)),
+        lambda path, a, b: np.testing.assert_allclose(
+            a, b, rtol=2e-4, atol=2e-5, err_msg=str(path)
+        ),
         results["blocks"],
         results["dense"],
     )
@@ -380,7 +380,7 @@ def test_extreme_projections_of_the_core(extreme):
 def test_bfloat16_is_close_to_float32():
     model = config()
     module = build(model, spread=0.05)
-    graph, state = nnx.split(DyDiLA(dataclasses.replace(model, dtype="bfloat16"), rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(DyDiLA(dataclasses.replace(model, dtype="bfloat16"), rngs=nnx.Rngs(0)))
     half = nnx.merge(graph, nnx.to_pure_dict(nnx.split(module)[1]))
     x = tokens(model)
     exact, rounded = module(x, Context())[0], half(x, Context())[0]

@@ -8,7 +8,8 @@
 (1), (4), and (2) for the routed bank alone are each one product over the joint axis of banks and
 features, with the weights folded into an operand, so that a compiler which fuses operands never
 stores n times the tokens. In units of one T x D x E product, forward and backward cost 3n.
-Source: DyDiLA (arXiv 2601.13683), dynamic projection; Switch Transformer (arXiv 2101.03961) for top-1 routing.
+Source: DyDiLA (arXiv 2601.13683), dynamic projection; Switch Transformer (arXiv 2101.03961) for
+top-1 routing.
 """
 
 from __future__ import annotations

@@ -56,9 +56,7 @@ def config_from(fields: Any, cls: type[T], section: str) -> T:
         elif type(value) is type(default) or (isinstance(default, float) and type(value) is int):
             values[name] = type(default)(value)
         else:
-            raise UserError(
-                f"{section}.{name} expects {type(default).__name__}, got {value!r}"
-            )
+            raise UserError(f"{section}.{name} expects {type(default).__name__}, got {value!r}")
     return cls(**values)
 
 
@@ -135,9 +133,7 @@ def _table_side(table: np.ndarray, name: str, source: str) -> int:
     return side
 
 
-def _diffusers_fields(
-    fields: dict[str, Any], heads: int | None, source: str
-) -> tuple[int, int]:
+def _diffusers_fields(fields: dict[str, Any], heads: int | None, source: str) -> tuple[int, int]:
     """Image size and heads, which a diffusers file leaves to its config."""
     if "sample_size" not in fields or "num_attention_heads" not in fields:
         raise UserError(
@@ -191,8 +187,7 @@ def check_sizes(held: dict[str, int], said: dict[str, Any], source: str, other: 
         names = ["depth", "width", *(n for n in said if held[n] != said[n])]
         names = [name for name in dict.fromkeys(names) if name in said]
         raise UserError(
-            f"{source} holds a network of {_sizes(held, names)}, {other} says "
-            f"{_sizes(said, names)}"
+            f"{source} holds a network of {_sizes(held, names)}, {other} says {_sizes(said, names)}"
         )
 
 

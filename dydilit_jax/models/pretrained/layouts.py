@@ -265,7 +265,9 @@ def representable(layout: Layout, config: ModelConfig) -> None:
     if layout is DIFFUSERS:
         hidden = config.feedforward.hidden(config.width)
         needed["feedforward.ratio"] = (hidden / config.width, 4.0)
-    wrong = [f"{name} {is_!r} (not {must!r})" for name, (is_, must) in needed.items() if is_ != must]
+    wrong = [
+        f"{name} {is_!r} (not {must!r})" for name, (is_, must) in needed.items() if is_ != must
+    ]
     if wrong:
         raise UserError(
             f"layout {layout.name} holds a DiT alone, this network has {', '.join(wrong)}: "
