@@ -207,6 +207,11 @@ class Config:
                 raise UserError(f"{field} must be at least {least}, got {value}")
         if self.optimizer.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.optimizer.schedule, SCHEDULES)
+        low, high = self.sampling.guidance_low, self.sampling.guidance_high
+        if not 0.0 <= low <= high <= 1.0:
+            raise UserError(
+                f"the guidance interval must be 0 <= low <= high <= 1, got ({low}, {high})"
+            )
         if self.evaluation.num == 1:
             raise UserError("evaluation.num must be 0, or at least 2 to have a spread; got 1")
         if not 0.0 <= self.optimizer.ema_decay < 1.0:

@@ -60,7 +60,11 @@ def make_sampler(name: str, process: Process, steps: int, **options: Any) -> Sam
         raise UserError(
             f"sampler {name!r} is not for a {type(process).__name__}: use {', '.join(right)}."
         )
-    fields = [field.name for field in dataclasses.fields(sampler_class)]
+    fields = [
+        field.name
+        for field in dataclasses.fields(sampler_class)
+        if field.name not in ("process", "steps")
+    ]
     for option in options:
         if option not in fields:
             raise unknown_name(f"option of sampler {name}", option, fields)
