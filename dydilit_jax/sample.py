@@ -170,7 +170,7 @@ def main() -> None:
 def write_grid(
     pixels: np.ndarray, labels: np.ndarray, out: Path, config: Config, title: str
 ) -> None:
-    """One picture of all images (n, H, W, C) uint8: a column for each label, up to ten."""
+    """One picture of all images (n, H, W, C) uint8: about ten columns, each of one label."""
     from dydilit_jax.data.sources import load_source
     from dydilit_jax.drawing import draw_grid, save_png
 
@@ -178,7 +178,7 @@ def write_grid(
     distinct = len(np.unique(labels))
     picture = draw_grid(
         pixels / 127.5 - 1.0,
-        columns=min(distinct if distinct > 2 else len(labels), 10),
+        columns=min(distinct * max(1, 10 // distinct), 10, len(labels)),
         title=title,
         labels=[names[label] for label in labels],
     )

@@ -81,7 +81,9 @@ def test_a_dit_that_inherits_its_own_weights_has_its_loss(dit, tmp_path, capsys)
     key = jax.random.fold_in(state.key, 0)
     expected, _ = training_loss(network, parameters, batch, key)
     logged = (tmp_path / "run" / "metrics.jsonl").read_text()
-    np.testing.assert_allclose(float(logged.split('"loss": ')[1].split(",")[0]), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        float(logged.split('"loss": ')[1].split(",")[0]), expected, rtol=1e-5
+    )
 
 
 def test_distillation_adds_the_weighted_differences_to_the_teacher(dit):

@@ -1,0 +1,110 @@
+"""What the sampling command makes of its flags."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
+from dydilit_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Euler
+from dydilit_jax.errors import UserError
+from dydilit_jax.sample import output_format, parse_interval, parse_labels
+from dydilit_jax.training.generation import generate_images
+from dydilit_jax.training.state import Network, configured_sampler
+from tests.tiny import mesh_of, random_parameters, tiny_config
+
+FLOW, GAUSSIAN = DiffusionConfig(), DiffusionConfig(process="gaussian")
+
+
+def test_each_process_has_its_own_sampler():
+    assert isinstance(configured_sampler(SamplingConfig(), FLOW), Euler)
+    assert isinstance(configured_sampler(SamplingConfig(), GAUSSIAN), DDPM)
+
+
+def test_options_reach_the_sampler():
+    config = SamplingConfig(
+        sampler="ddim", options="eta=0.5, dynamic_threshold=99.5,spacing=ddim50"
+    )
+    sampler = configured_sampler(config, GAUSSIAN)
+    assert isinstance(sampler, DDIM)
+    assert (sampler.eta, sampler.dynamic_threshold, sampler.spacing) == (0.5, 99.5, "ddim50")
+
+
+BAD_SAMPLERS = [
+    (SamplingConfig(sampler="eular"), FLOW, "did you mean 'euler'"),
+    (SamplingConfig(sampler="ddpm"), FLOW, "use euler, heun, euler_maruyama"),
+    (SamplingConfig(sampler="heun"), GAUSSIAN, "use ddpm, ddim, dpm_solver_pp"),
+    (SamplingConfig(sampler="ddim", steps=1001), GAUSSIAN, "1000"),
+    (SamplingConfig(sampler="ddim", options="etta=1"), GAUSSIAN, "did you mean 'eta'"),
+    (SamplingConfig(sampler="ddim", options="eta"), GAUSSIAN, "name=value"),
+    (SamplingConfig(sampler="ddim", options="eta=high"), GAUSSIAN, "eta"),
+    (SamplingConfig(options="dynamic_threshold=120"), FLOW, "percentile"),
+]
+
+
+@pytest.mark.parametrize(("sampling", "diffusion", "message"), BAD_SAMPLERS)
+def test_wrong_samplers_are_told_before_anything_runs(sampling, diffusion, message):
+    with pytest.raises(UserError, match=message) as error:
+        configured_sampler(sampling, diffusion)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("interval", [(-0.1, 1.0), (0.0, 1.1), (0.7, 0.3)])
+def test_an_interval_outside_zero_and_one_is_refused(interval):
+    sampling = SamplingConfig(guidance_low=interval[0], guidance_high=interval[1])
+    with pytest.raises(UserError, match="guidance interval must be"):
+        Config(sampling=sampling)
+
+
+def test_flags_are_parsed_or_refused(tmp_path):
+    assert parse_interval("0.1,0.9") == (0.1, 0.9)
+    for text in ("0.1", "a,b", "0,1,2"):
+        with pytest.raises(UserError, match="expects two numbers"):
+            parse_interval(text)
+    np.testing.assert_array_equal(parse_labels("2,0", 3), [2, 0])
+    np.testing.assert_array_equal(parse_labels("", 3), [0, 1, 2])
+    with pytest.raises(UserError, match="outside the classes 0 to 2"):
+        parse_labels("3", 3)
+    assert output_format(tmp_path / "a.npz", None) == "npz"
+    assert output_format(tmp_path / "a", "png") == "png"
+    for out, form in (("a.png", "npz"), ("a.npz", "png"), ("a.png", "jpg"), ("no/a.png", None)):
+        with pytest.raises(UserError):
+            output_format(tmp_path / out, form)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_same_image_in_any_batch_and_from_any_start(sampler):
+    """Two devices against one, five images against the last two of them."""
+    process = "flow" if sampler in ("euler", "heun", "euler_maruyama") else "gaussian"
+    config = tiny_config()
+    sampling = dataclasses.replace(
+        config.sampling, sampler=sampler, steps=3, guidance_scale=2.0, guidance_high=0.8
+    )
+    config = dataclasses.replace(
+        config,
+        diffusion=dataclasses.replace(config.diffusion, process=process),
+        sampling=sampling,
+    )
+    network = Network.create(config)
+    parameters = random_parameters(network, seed=2)
+    labels = np.asarray([3, 1, 4, 1, 5])
+
+    def draw(mesh, batch_size, first):
+        chosen = dataclasses.replace(sampling, batch_size=batch_size)
+        images = generate_images(
+            network, parameters, labels, seed=7, config=chosen, mesh=mesh, first=first
+        )
+        return np.concatenate(list(images))
+
+    whole = draw(mesh_of(1, 1), 5, 0)
+    assert whole.shape == (5, 8, 8, 1)
+    assert np.all(np.isfinite(whole))
+    assert np.abs(whole[1] - whole[3]).max() > 1e-3  # one label, two images
+    tail = draw(mesh_of(2, 1), 2, 3)
+    np.testing.assert_allclose(tail, whole[3:], rtol=1e-4, atol=1e-4 * np.abs(whole).max())
+
+
+def test_paths_are_paths():
+    with pytest.raises(UserError, match="is neither"):
+        output_format(Path("a.jpg"), "png")
