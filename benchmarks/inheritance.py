@@ -1,13 +1,13 @@
 """Does a DyDi-LiT that starts from a DiT, and learns from it, need fewer steps?
 
-Trains a softmax DiT on digits (the teacher), then DyDi-LiT with the same feed-forward from scratch, with
-inherited weights, and with inherited weights and distillation. Prints the loss by step and the steps to
-given losses, and draws docs/inheritance.png.
+Trains a softmax DiT on digits (the teacher), then DyDi-LiT with the same feed-forward from scratch,
+with inherited weights, and with inherited weights and distillation. Prints the loss by step and the
+steps to given losses, and draws docs/inheritance.png.
 
     python -m benchmarks.inheritance
 
-The loss is that of rectified flow on 1,024 of the digits, with the same times and noise every time, and
-the parameters as they are (no average): of the network alone, without the teacher's terms.
+The loss is that of rectified flow on 1,024 of the digits, with the same times and noise every time,
+and the parameters as they are (no average): of the network alone, without the teacher's terms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(config: Config, steps: int, every: int) -> tuple[TrainState, list[float]
     step = compile_step(network, mesh, load_teacher(network, mesh))
     examples = [source[i] for i in range(HELD)]
     fixed = {
-        name: jnp.stack([jnp.asarray(example[name]) for example in examples])  # type: ignore[literal-required]
+        name: jnp.stack([jnp.asarray(example[name]) for example in examples])
         for name in ("image", "label")
     }
     measure = jax.jit(lambda p: training_loss(network, p, fixed, jax.random.key(123))[1]["mse"])

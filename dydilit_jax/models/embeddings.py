@@ -30,7 +30,7 @@ def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
 def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES, shift: int = 0) -> jax.Array:
     """Cosines then sines of time at geometric frequencies: (B,) to (B, frequencies) float32.
 
-    The frequencies are 10000^(-i / (frequencies / 2 - shift)); shift 1 reaches 1/10000, 0 not quite.
+    Frequency i is 10000^(-i / (frequencies / 2 - shift)); shift 1 reaches 1/10000, 0 not quite.
     """
     half = frequencies // 2
     frequency = jnp.exp(-np.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / (half - shift))

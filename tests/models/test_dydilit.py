@@ -1,6 +1,7 @@
 """The network: layers scanned or not, rematerialised or not, and every option of the method."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_rematerialised_gradients_agree(rematerialisation, scan_layers):
     assert_trees_close(plain, again, rtol=2e-4, atol=2e-5)
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "heads": {"heads": 4},
     "no bias": {"qkv_bias": False},
     "depthwise 3": {"depthwise": 3},
@@ -222,7 +223,7 @@ def test_labels_and_time_matter():
     assert float(jnp.abs(model(images, time + 50.0, labels)[0] - output).max()) > 1e-3
 
 
-BAD = {
+BAD: dict[str, dict[str, Any]] = {
     "width 10 is not divisible by": {"width": 10, "heads": 4},
     "image_size 6 is not divisible by": {"image_size": 6, "patch_size": 4},
     "unknown attention 'dydla': did you mean 'dydila'": {"kind": "dydla"},

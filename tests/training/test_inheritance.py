@@ -76,7 +76,7 @@ def test_a_dit_that_inherits_its_own_weights_has_its_loss(dit, tmp_path, capsys)
     assert "inherited" in capsys.readouterr().out
     network = Network.create(config)
     _, batches = load_data(config)
-    batch = next(batches)
+    batch = {name: jnp.asarray(value) for name, value in next(batches).items()}
     state = create_state(network, mesh_of(1, 1))
     key = jax.random.fold_in(state.key, 0)
     expected, _ = training_loss(network, parameters, batch, key)

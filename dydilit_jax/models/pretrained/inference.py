@@ -45,7 +45,10 @@ def config_from(fields: Any, cls: type[T], section: str) -> T:
     """
     if not isinstance(fields, dict):
         raise UserError(f"{section} must be a section of fields, got {fields!r}")
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+    }
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if name not in defaults:
@@ -69,7 +72,7 @@ def infer_config(
       layout: of the file.
       tensors: of which the telling ones must be there; see `check_names`.
       fields: of diffusers' config.json; ignored in the official layout, which has none.
-      heads: number of heads, which no shape tells; None for what `fields` or the table of sizes say.
+      heads: number of heads, which no shape tells; None for what `fields` or the sizes' table say.
       source: the file's name, for errors.
 
     Raises:
