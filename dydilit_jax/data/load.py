@@ -9,7 +9,7 @@ from dydilit_jax.data.classes import ClassSubset, read_class_list
 from dydilit_jax.data.folder import FolderSource
 from dydilit_jax.data.pipeline import StepBatches, make_batches
 from dydilit_jax.data.records import RecordSource
-from dydilit_jax.data.sources import Source, digits
+from dydilit_jax.data.sources import SOURCES, Source
 from dydilit_jax.errors import UserError
 
 
@@ -26,8 +26,8 @@ def load_images(data: DataConfig, *, image_size: int, channels: int = 3) -> Sour
     """
     size = data.image_size or image_size
     source: Source
-    if data.source == "digits":
-        source = digits()
+    if data.source in SOURCES:
+        source = SOURCES[data.source]()
     elif data.source == "folder":
         source = FolderSource(data.data_dir, split=data.split, image_size=size, channels=channels)
     else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dydilit_jax.config import DataConfig
-from dydilit_jax.data.classes import ClassSubset, read_class_list
+from dydilit_jax.data.classes import ClassSubset, read_class_list, read_labels
 from dydilit_jax.data.load import load_images
 from dydilit_jax.data.pipeline import make_batches
 from dydilit_jax.data.sources import digits
@@ -49,7 +49,7 @@ def test_classes_of_a_source_in_memory(tmp_path):
     labels = digits().labels
     assert len(source) == np.sum((labels == 7) | (labels == 3))
     np.testing.assert_array_equal(
-        source.read_labels(), np.where(labels[np.isin(labels, [3, 7])] == 7, 0, 1)
+        read_labels(source), np.where(labels[np.isin(labels, [3, 7])] == 7, 0, 1)
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dydilit_jax.errors import UserError
 from tests.data.pictures import images_of
 
 COUNT = 60
+RECORDS: dict[str, Any] = {"batch_size": 6, "seed": 5, "horizontal_flip": True}
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +171,8 @@ def test_an_empty_source_is_refused(source):
 
 @pytest.fixture(scope="module")
 def straight(data_dir):
-    """Nine batches of 6 out of 23 real records, each 2 x 3 in an epoch's order, without workers."""
+    """Nine batches of 6 out of 23 real records, read without workers."""
     return take(make_batches(images_of(data_dir), **RECORDS), 9)
-
-
-RECORDS = {"batch_size": 6, "seed": 5, "horizontal_flip": True}
 
 
 def identity(image):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from dydilit_jax.config import Config, DataConfig
 from dydilit_jax.data import records
+from dydilit_jax.data.classes import read_labels
 from dydilit_jax.data.load import label_names, load_images, load_source
 from dydilit_jax.errors import UserError
 from tests.data.pictures import NAMES, encoded, examples, images_of, picture, write_data_set
@@ -51,7 +53,7 @@ def test_records_are_what_tfds_reads(data_dir):
         assert source[i]["label"] == reference[i]["label"] == i % 3
         assert source[i]["image"].dtype == np.float32
         assert source[i]["label"].dtype == np.int32
-    np.testing.assert_array_equal(source.read_labels(), np.arange(23) % 3)
+    np.testing.assert_array_equal(read_labels(source), np.arange(23) % 3)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_reading_needs_no_tensorflow(data_dir):
 
 
 def test_a_data_set_that_is_not_there_says_how_to_prepare_it(data_dir, monkeypatch):
-    with pytest.raises(UserError, match="is not in .*did you mean 'pets'") as error:
+    with pytest.raises(UserError, match=r"is not in .*did you mean 'pets'") as error:
         images_of(data_dir, "pest")
     command = f"tfds build pest --file_format=array_record --data_dir={data_dir}"
     assert command in str(error.value)
@@ -237,17 +239,18 @@ def test_folders_that_do_not_fit_are_refused(folder, tmp_path):
 
 def test_a_network_that_does_not_fit_the_images_is_refused(data_dir):
     model = {"image_size": 8, "channels": 3, "num_classes": 3}
-    data = {"source": "pets", "data_dir": str(data_dir)}
+    data: dict[str, Any] = {"source": "pets", "data_dir": str(data_dir)}
     fitting = tiny_config(model=model, data=data)
     assert len(load_source(fitting)) == 23
     assert label_names(fitting) == list(NAMES)
+    base: dict[str, Any] = {"model": model, "data": data}
     for fields, message in [
         ({"model": model | {"num_classes": 4}}, r"'pets' has 3 classes, model.num_classes is 4"),
         ({"data": data | {"image_size": 12}}, r"images \(12, 12, 3\), the network expects \(8, 8"),
         ({"data": {"source": "digits"}}, r"'digits' has images \(8, 8, 1\)"),
     ]:
         with pytest.raises(UserError, match=message):
-            load_source(Config.from_dict({"model": model, "data": data} | fields))
+            load_source(Config.from_dict(base | fields))
 
 
 def test_without_the_data_labels_are_numbers(tmp_path):
