@@ -1,7 +1,7 @@
 """Sub-IN: some classes of ImageNet-1K at 256 x 256 in f8 latents, with DiT's recipe.
 
-Which classes is said by a file, one WordNet id a line. `configs/imagenet100.txt`, the default, is the
-widely used ImageNet-100 of CMC (arXiv 1906.05849); the classes of the paper's Sub-IN are not known here.
+A file says which classes, one WordNet id a line. `configs/imagenet100.txt`, the default, is CMC's
+widely used ImageNet-100 (arXiv 1906.05849); which classes the paper's Sub-IN has is not known here.
 
 Prepare:   tfds build imagenet2012 --file_format=array_record    (see docs/data.md)
            python -m dydilit_jax.encode --config=configs/sub_in256.py --out=latents/sub_in256
