@@ -186,7 +186,10 @@ SAMPLE_MISTAKES = {
     "no images": (["--workdir=W/trained", "--num=0"], ["num"]),
     "no steps": (["--workdir=W/trained", "--steps=0"], ["steps", "at least 1"]),
     "number no number": (["--workdir=W/trained", "--num=many"], ["num", "many"]),
-    "picture no png": (["--workdir=W/trained", "--out=W/a.jpg"], ["a .png file or a folder", "a.jpg is neither"]),
+    "picture no png": (
+        ["--workdir=W/trained", "--out=W/a.jpg"],
+        ["a .png file or a folder", "a.jpg is neither"],
+    ),
     "no folder for it": (["--workdir=W/trained", "--out=W/missing/a.png"], ["does not exist"]),
     "unknown flag": (["--workdir=W/trained", "--label=1"], ["label"]),
     "positional argument": (["W/trained"], ["unexpected argument"]),
