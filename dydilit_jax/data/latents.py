@@ -2,8 +2,8 @@
 
 A folder, written by `python -m dydilit_jax.encode`, read by `LatentSource`:
 
-    manifest.json                          what the latents are of and by which autoencoder
-    latents-00000-of-00008.array_record    shards; record i of the folder is in shard i // shard_size
+    manifest.json                          what the latents are of, and by which autoencoder
+    latents-00000-of-00008.array_record    shards, one after the other
 
 A record is a header of two little-endian int64, the example's index in its source and its label,
 then the moments of the autoencoder's posterior, not scaled, each (h, w, c) in C order:
@@ -11,10 +11,10 @@ then the moments of the autoencoder's posterior, not scaled, each (h, w, c) in C
     mean, std                              of the image
     flipped mean, flipped std              of its mirror image, where the manifest says `flips`
 
-A deterministic autoencoder has no standard deviation: its records hold the means alone. The network
-sees scaling_factor (mean + std noise), with noise drawn anew for each (seed, epoch, index), as the
-latent diffusion models do that encode while they train. The flip is of the image, not of the latent,
-because the autoencoder does not commute with it.
+A deterministic autoencoder has no standard deviation: its records hold the means alone. The
+network sees scaling_factor (mean + std noise), the noise drawn anew for each (seed, epoch, index),
+as where images are encoded while training. What is mirrored is the image, not its latent, because
+an autoencoder does not commute with that.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Manifest:
                 raise UserError(f"{str(path)!r} is no manifest of latents")
             if (version := fields.pop("version", None)) != VERSION:
                 raise UserError(
-                    f"{str(path)!r} has version {version}, this program reads {VERSION}: encode anew"
+                    f"{str(path)!r} has version {version}, expected {VERSION}: encode anew"
                 )
             count = fields.pop("count")
             fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
@@ -317,8 +317,8 @@ class LatentSource:
         self.manifest = read_manifest(self.folder)
         if differing := self.manifest.differences(wanted or {}):
             raise UserError(
-                f"{str(folder)!r} does not fit the config ({'; '.join(differing)}): encode anew, or "
-                "change the config"
+                f"{str(folder)!r} does not fit the config ({'; '.join(differing)}): encode anew, "
+                "or change the config"
             )
         if flip and not self.manifest.flips:
             raise UserError(
