@@ -32,7 +32,7 @@ from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.models.pretrained.files import listed
 
 KL, DC = "AutoencoderKL", "AutoencoderDC"
-AutoencoderConfig = KLConfig | DCConfig
+Sizes = KLConfig | DCConfig
 # What diffusers takes where config.json is silent, if it is not the default of our dataclass.
 SILENT: dict[str, dict[str, Any]] = {
     KL: {"block_out_channels": (64,), "layers_per_block": 1},
@@ -65,7 +65,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-def parse_config(fields: Mapping[str, Any], source: str) -> AutoencoderConfig:
+def parse_config(fields: Mapping[str, Any], source: str) -> Sizes:
     """The config in diffusers' fields.
 
     Args:
@@ -162,14 +162,14 @@ def _check_dc(config: DCConfig, source: str) -> None:
             raise unknown_name(kind, name, known)
 
 
-def build(config: AutoencoderConfig, dtype: jnp.dtype) -> AutoencoderKL | AutoencoderDC:
+def build(config: Sizes, dtype: jnp.dtype) -> AutoencoderKL | AutoencoderDC:
     """The autoencoder with initial weights."""
     if isinstance(config, KLConfig):
         return AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(0))
     return AutoencoderDC(config, dtype=dtype, rngs=nnx.Rngs(0))
 
 
-def abstract(config: AutoencoderConfig, dtype: jnp.dtype) -> AutoencoderKL | AutoencoderDC:
+def abstract(config: Sizes, dtype: jnp.dtype) -> AutoencoderKL | AutoencoderDC:
     """The autoencoder without weights: shapes in their place."""
     return nnx.eval_shape(lambda: build(config, dtype))
 
@@ -210,7 +210,7 @@ def today_name(name: str) -> str:
 
 
 def fill(
-    config: AutoencoderConfig, tensors: Mapping[str, np.ndarray], source: str, dtype: jnp.dtype
+    config: Sizes, tensors: Mapping[str, np.ndarray], source: str, dtype: jnp.dtype
 ) -> AutoencoderKL | AutoencoderDC:
     """The autoencoder with a file's weights.
 
@@ -258,7 +258,7 @@ def tensors_of(autoencoder: AutoencoderKL | AutoencoderDC) -> dict[str, np.ndarr
     return {their_name(path): to_theirs(np.asarray(leaf[...])) for path, leaf in flat}
 
 
-def config_json(config: AutoencoderConfig) -> str:
+def config_json(config: Sizes) -> str:
     """The config.json that diffusers would write for this autoencoder."""
     fields: dict[str, Any] = dataclasses.asdict(config)
     if isinstance(config, KLConfig):

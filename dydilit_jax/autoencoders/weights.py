@@ -100,6 +100,25 @@ def locate(weights: str, *, revision: str = "", sha256: str = "") -> WeightsFile
     return _checked(file, sha256 or (known.sha256 if pinned else ""), name if pinned else None, "")
 
 
+def identity(weights: str, *, sha256: str = "") -> dict[str, str]:
+    """What tells these weights from others without fetching them, as fields of a manifest.
+
+    Args:
+      weights, sha256: as `locate`'s.
+
+    Raises:
+      UserError: as `locate`'s, but for what only fetching would show.
+    """
+    if sha256:
+        return {"weights_sha256": sha256.lower()}
+    name = _known_name(weights)
+    if name is None or Path(weights).expanduser().exists():
+        return {"weights_sha256": locate(weights).sha256}
+    if KNOWN[name].sha256:
+        return {"weights_sha256": KNOWN[name].sha256}
+    return {"autoencoder": name}
+
+
 def _known_name(weights: str) -> str | None:
     return next(
         (name for name, known in KNOWN.items() if weights in (name, known.repo)),
