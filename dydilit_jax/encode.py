@@ -17,16 +17,12 @@ from dydilit_jax.errors import UserError, unknown_name
 
 _CONFIG = cli.define_config_flag()
 _OUT = flags.DEFINE_string("out", None, "Folder to write: new, empty, or begun by this command.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split of the data set.")
 _FLIPS = flags.DEFINE_bool(
     "flips", None, "Encode mirror images too; default: as data.horizontal_flip."
 )
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Numbers on disk: bfloat16 or float32.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images in a shard.", lower_bound=1)
-_MAX_SKIPPED = flags.DEFINE_integer(
-    "max_skipped", 0, "Images that may be unreadable, and are skipped.", lower_bound=0
-)
 _PROCESS = flags.DEFINE_string(
     "process", None, "INDEX/COUNT: do this part of the shards; default: JAX's process."
 )
@@ -66,9 +62,8 @@ def main() -> None:
 
     from dydilit_jax.autoencoders import load_autoencoder
     from dydilit_jax.data import encoding
-    from dydilit_jax.data.sources import load_source
+    from dydilit_jax.data.load import load_images
 
-    source = load_source(config.data.source)
     pretrained = load_autoencoder(
         config.autoencoder.weights,
         scaling_factor=config.autoencoder.scaling_factor or None,
@@ -76,18 +71,24 @@ def main() -> None:
         sha256=config.autoencoder.sha256,
         dtype=config.autoencoder.dtype,
     )
-    flips = config.data.horizontal_flip if _FLIPS.value is None else _FLIPS.value
+    model, data = config.model, config.data
+    autoencoder = pretrained.autoencoder
+    source = load_images(
+        data,
+        image_size=model.image_size * autoencoder.downsampling,
+        channels=autoencoder.config.in_channels,
+    )
+    flips = data.horizontal_flip if _FLIPS.value is None else _FLIPS.value
     manifest = encoding.plan(
         source,
         pretrained,
-        name=config.data.source,
-        split=_SPLIT.value,
+        name=data.source,
+        split=data.split,
         flips=flips,
         dtype=_DTYPE.value,
         compute_dtype=config.autoencoder.dtype,
         shard_size=_SHARD_SIZE.value,
     )
-    model = config.model
     if manifest.latent_shape != (wanted := (model.image_size, model.image_size, model.channels)):
         raise UserError(
             f"the config's network takes latents of {wanted}, but images of {manifest.image_size} "
@@ -107,8 +108,8 @@ def main() -> None:
             manifest,
             out,
             batch_size=_BATCH_SIZE.value,
-            read_threads=config.data.read_threads,
-            max_skipped=_MAX_SKIPPED.value,
+            read_threads=data.read_threads,
+            max_skipped=data.max_errors if data.on_error == "skip" else 0,
             process_index=process_index,
             process_count=process_count,
             progress=bar.update,

@@ -226,8 +226,8 @@ def encode_source(
         skipped += 1
         if skipped > max_skipped:
             raise UserError(
-                f"{error} (image {index} of {manifest.source!r}; {skipped - 1} skipped before it, "
-                f"--max_skipped={max_skipped})"
+                f"{error} ({skipped - 1} skipped before it): repair the data set, or let "
+                "data.on_error=skip and data.max_errors allow more"
             ) from error
         warn(f"skipped image {index}: {error}")
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from dydilit_jax.autoencoders.weights import KNOWN, identity
 from dydilit_jax.config import Config
+from dydilit_jax.data.classes import read_class_list
 from dydilit_jax.data.manifest import DTYPES, HEADER, Manifest, Shard, read_manifest
 from dydilit_jax.data.sources import Example
 from dydilit_jax.errors import UserError
@@ -176,10 +177,16 @@ def wanted_of(config: Config) -> dict[str, Any]:
             f"with, a folder or one of {', '.join(KNOWN)}"
         )
     wanted: dict[str, Any] = {
+        "source": config.data.source,
+        "split": config.data.split,
         "latent_shape": (model.image_size, model.image_size, model.channels),
         "classes": model.num_classes,
     }
     wanted |= identity(autoencoder.weights, sha256=autoencoder.sha256)
+    if config.data.image_size:
+        wanted["image_size"] = config.data.image_size
+    if config.data.classes:
+        wanted["label_names"] = tuple(read_class_list(config.data.classes))
     if autoencoder.scaling_factor:
         wanted["scaling_factor"] = autoencoder.scaling_factor
     return wanted

@@ -155,7 +155,7 @@ def test_a_decoder_of_each_latent_alone_is_tiled_exactly(height, width):
 
 
 def test_tiles_are_blended_linearly_where_they_overlap():
-    """Each tile decodes to its own number: between two of them the image goes evenly from 1 to 2."""
+    """Each tile decodes to its own number: between two the image goes evenly from 1 to 2."""
     numbers = iter([1.0, 2.0])
 
     def decode(part):

@@ -128,7 +128,7 @@ def test_unsupported_configs_are_refused(folder):
         change_config(folder, **fields)
         refused(folder, part)
         (folder / "config.json").write_text(before)
-    with pytest.raises(UserError, match="shift_factor=0.1 is not supported"):
+    with pytest.raises(UserError, match=r"shift_factor=0\.1 is not supported"):
         parse_config({"_class_name": "AutoencoderKL", "shift_factor": 0.1}, "here")
     refused(folder, "unknown dtype 'float16'", dtype="float16")
 
