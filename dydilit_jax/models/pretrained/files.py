@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,12 @@ def write_folder(
             contiguous = {
                 name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()
             }
+            config = unfinished / CONFIG_FILE
+            config.write_text(json.dumps(fields, indent=2) + "\n")
             # The metadata is what Hugging Face's readers ask for.
             save_file(contiguous, unfinished / weights, metadata={"format": "pt"})
-            (unfinished / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+            # Readable by whom the user's umask says, not by the user alone, as safetensors has it.
+            (unfinished / weights).chmod(stat.S_IMODE(config.stat().st_mode))
             if folder.is_dir() and any(folder.iterdir()):
                 for name in (weights, CONFIG_FILE):
                     (unfinished / name).replace(folder / name)
