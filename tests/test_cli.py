@@ -146,7 +146,7 @@ SAMPLE_MISTAKES = {
     "no images": (["--workdir=W/trained", "--num=0"], ["num"]),
     "no steps": (["--workdir=W/trained", "--steps=0"], ["steps", "at least 1"]),
     "number no number": (["--workdir=W/trained", "--num=many"], ["num", "many"]),
-    "picture no png": (["--workdir=W/trained", "--out=W/a.jpg"], ["must end in .png"]),
+    "picture no png": (["--workdir=W/trained", "--out=W/a.jpg"], ["a .png file or a folder", "a.jpg is neither"]),
     "no folder for it": (["--workdir=W/trained", "--out=W/missing/a.png"], ["does not exist"]),
     "unknown flag": (["--workdir=W/trained", "--label=1"], ["label"]),
     "positional argument": (["W/trained"], ["unexpected argument"]),
@@ -327,7 +327,8 @@ def test_sample_draws_what_is_asked_for(finished, command, tmp_path):
     out = tmp_path / "digits.png"
     asked = [f"--workdir={workdir}", "--labels=3,1,4", "--num=7", f"--out={out}"]
     code, output, errors = command(SAMPLE, *asked, "--guidance_scale=2", "--steps=3", "--seed=5")
-    assert (code, errors) == (0, "")
+    assert code == 0, errors
+    assert "| 7/7 [" in errors.splitlines()[-1]
     assert output == f"wrote 7 images of step {step + 2} to {out}\n"
     with Image.open(out) as picture:
         assert picture.format == "PNG"
