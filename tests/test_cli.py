@@ -146,7 +146,26 @@ SAMPLE_MISTAKES = {
     "no images": (["--workdir=W/trained", "--num=0"], ["num"]),
     "no steps": (["--workdir=W/trained", "--steps=0"], ["steps", "at least 1"]),
     "number no number": (["--workdir=W/trained", "--num=many"], ["num", "many"]),
-    "picture no png": (["--workdir=W/trained", "--out=W/a.jpg"], ["a .png file or a folder", "a.jpg is neither"]),
+    "unknown sampler": (
+        ["--workdir=W/trained", "--sampler=eular"],
+        ["sampler 'eular': did you mean 'euler'?", "ddpm, ddim, dpm_solver_pp"],
+    ),
+    "sampler of the other process": (
+        ["--workdir=W/trained", "--sampler=ddpm"],
+        ["sampler 'ddpm' is not for a RectifiedFlow: use euler, heun, euler_maruyama"],
+    ),
+    "interval outside": (
+        ["--workdir=W/trained", "--guidance_interval=0.5,1.5"],
+        ["guidance interval must be 0 <= low <= high <= 1, got (0.5, 1.5)"],
+    ),
+    "interval no numbers": (
+        ["--workdir=W/trained", "--guidance_interval=all"],
+        ["--guidance_interval=all expects two numbers, like 0.1,0.9"],
+    ),
+    "picture no png": (
+        ["--workdir=W/trained", "--out=W/a.jpg"],
+        ["a .png file or a folder", "a.jpg is neither"],
+    ),
     "no folder for it": (["--workdir=W/trained", "--out=W/missing/a.png"], ["does not exist"]),
     "unknown flag": (["--workdir=W/trained", "--label=1"], ["label"]),
     "positional argument": (["W/trained"], ["unexpected argument"]),

@@ -1,6 +1,5 @@
 """The command that brings weights in and out, from end to end."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 
 from dydilit_jax.models.pretrained import read_pretrained
-from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
+from dydilit_jax.training.checkpoint import open_workdir
 from dydilit_jax.training.state import Network
 from tests.commands import assert_one_line
 from tests.models.test_pretrained import DIFFUSERS, OFFICIAL, assert_same_bits
-from tests.tiny import mesh_of, random_parameters, random_state, tiny_config
+from tests.tiny import random_parameters, save_run, tiny_config
 
 CONVERT = "dydilit_jax.convert"
 CONFIG = tiny_config(diffusion={"process": "gaussian"})
@@ -23,15 +22,7 @@ def folders(tmp_path_factory):
     """What a user may point at: a run of DyDi-LiT at step 3, one without a checkpoint, a file."""
     root = tmp_path_factory.mktemp("folders")
     open_workdir(root / "untrained", CONFIG)
-    open_workdir(root / "run", CONFIG)
-    state = random_state(Network.create(CONFIG), mesh_of(2, 4))
-    # An average over one step, which is a share 1 - decay of the parameters until it is corrected.
-    share = np.float32(1 - CONFIG.optimizer.ema_decay)
-    average = jax.tree.map(lambda leaf: share * leaf, state.parameters)
-    ema = state.ema._replace(count=state.ema.count + 1, ema=average)
-    checkpointer = Checkpointer(root / "run")
-    checkpointer.save(dataclasses.replace(state, step=state.step + 3, ema=ema), {})
-    checkpointer.close()
+    save_run(root / "run", CONFIG, step=3)
     (root / "full").mkdir()
     (root / "full" / "precious").write_text("mine")
     return root
