@@ -14,7 +14,7 @@ from tests.models.test_pretrained import DIFFUSERS, OFFICIAL, assert_same_bits
 from tests.tiny import random_parameters, save_run, tiny_config
 
 CONVERT = "dydilit_jax.convert"
-CONFIG = tiny_config(diffusion={"process": "gaussian"})
+CONFIG = tiny_config(diffusion={"process": "gaussian"}, optimizer={"ema_decay": 0.9})
 
 
 @pytest.fixture(scope="module")

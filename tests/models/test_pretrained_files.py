@@ -169,6 +169,17 @@ MISFITS = {
         r"missing: blocks\.1\.mlp\.fc2\.bias; surplus: extra\.00, .*extra\.09 and 2 more; "
         r"misshapen: blocks\.0\.attn\.qkv\.bias \(95,\) \(expected \(96,\)\)",
     ),
+    "surplus": (
+        "dit",
+        tensor("extra", lambda _: np.zeros(1, np.float32)),
+        "does not hold the tensors of its network; surplus: extra$",
+    ),
+    "own surplus": (
+        "own",
+        tensor("blocks/extra", lambda _: np.zeros(1, np.float32)),
+        "does not hold the tensors of its network; surplus: blocks/extra$",
+    ),
+    "own missing": ("own", without("final/linear/bias"), "missing: final/linear/bias$"),
     "a telling one missing": (
         "dit",
         without("t_embedder.mlp.2.bias"),

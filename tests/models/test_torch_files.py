@@ -38,14 +38,14 @@ def test_a_training_checkpoint_holds_its_average_in_float32():
         "brain": numbers,
         "double": numbers,
         "parameter": -numbers,
-        "single": np.float32(3.0),
+        "single": np.array(3.0),
         "empty": np.zeros((0, 3)),
     }
     tensors = read_tensors(TRAINING)
     assert tensors.keys() == expected.keys()
     for name, array in expected.items():
         assert tensors[name].dtype == np.float32
-        assert tensors[name].shape == np.shape(array)
+        assert tensors[name].shape == array.shape
         np.testing.assert_array_equal(tensors[name], array, name)
 
 

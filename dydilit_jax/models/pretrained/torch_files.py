@@ -44,7 +44,7 @@ class Storage(NamedTuple):
 
     kind: str
     key: str
-    count: int
+    length: int
 
 
 class Tensor(NamedTuple):
@@ -188,11 +188,11 @@ def _numbers(archive: zipfile.ZipFile, folder: str, tensor: Tensor) -> np.ndarra
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
     )
     size = math.prod(tensor.shape)
-    if size and (last >= storage.count or size > storage.count):
+    if size and (last >= storage.length or size > storage.length):
         raise _DamagedError(f"a tensor reaches past the end of {name}")
     if (
         name not in archive.namelist()
-        or archive.getinfo(name).file_size != storage.count * dtype.itemsize
+        or archive.getinfo(name).file_size != storage.length * dtype.itemsize
     ):
         raise _DamagedError(f"{name} is missing or of another size")
     if not size:
