@@ -119,6 +119,7 @@ def draw(results: dict[str, list[list[float]]], every: int, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for colour, (name, losses) in zip(("C0", "C1", "C2"), results.items(), strict=True):
@@ -127,6 +128,10 @@ def draw(results: dict[str, list[list[float]]], every: int, path: Path) -> None:
             axes.plot(steps, loss, color=colour, alpha=0.3, linewidth=1)
         axes.plot(steps, np.mean(losses, axis=0), color=colour, label=name)
     axes.set(xlabel="step", ylabel="loss (fixed times and noise)", yscale="log")
+    # Less than a decade: plain numbers along it, rather than one power of ten.
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"DyDi-LiT on digits, {len(losses)} seeds")
     axes.legend()
     axes.grid(which="both", alpha=0.3)

@@ -62,6 +62,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What stands between pixels and the latents that the network sees.
+
+    Attributes:
+      weights: a folder in diffusers' layout, or a name: `sd-vae-ft-ema`, `sd-vae-ft-mse`,
+        `dc-ae-f32c32-sana-1.0`. Empty: the network sees pixels.
+      revision: commit of the hub's repository in place of the pinned one; empty for that.
+      sha256: checksum that the file of weights must have; empty for the name's own, if it is known.
+      scaling_factor: what latents are multiplied with; 0 for the weights' own. Another than theirs
+        is an error.
+      dtype: `float32` or `bfloat16`, that it computes in.
+    """
+
+    weights: str = ""
+    revision: str = ""
+    sha256: str = ""
+    scaling_factor: float = 0.0
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """What the network is trained for.
 
@@ -205,13 +226,14 @@ class Config:
 
     Attributes:
       seed: of initialisation, data order, noise and dropped labels.
-      model, data, diffusion, inheritance, distillation, optimizer, mesh, train, sampling,
-        evaluation: their sections.
+      model, data, autoencoder, diffusion, inheritance, distillation, optimizer, mesh, train,
+        sampling, evaluation: their sections.
     """
 
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     inheritance: InheritanceConfig = InheritanceConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -272,6 +294,7 @@ _LEAST = {
     "data.batch_size": 1,
     "data.image_size": 0,
     "data.read_threads": 1,
+    "autoencoder.scaling_factor": 0,
     "data.workers": 0,
     "data.prefetch": 0,
     "data.max_errors": 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,11 @@ def output_format(out: Path, name: str | None) -> str:
     """`png` or `npz`, from --format or the end of --out; checks that --out can be written.
 
     Raises:
-      UserError: an unknown format, one that --out contradicts, or a folder that does not exist.
+      UserError: an unknown format, one that --out contradicts, a folder that does not exist or is
+        not empty, or a file where a folder is to be or the other way round.
     """
+    from dydilit_jax.training.request import parts_folder
+
     name = name or ("npz" if out.suffix == ".npz" else "png")
     if name not in FORMATS:
         raise unknown_name("format", name, FORMATS)
@@ -78,6 +82,12 @@ def output_format(out: Path, name: str | None) -> str:
         raise UserError(f"--format=png writes a .png file or a folder, --out={out} is neither")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: directory {str(out.parent)!r} does not exist")
+    if out.suffix and out.is_dir():
+        raise UserError(f"--out={out} is a folder: give a file, or a folder without a suffix")
+    if out.is_dir() and any(out.iterdir()) and not parts_folder(out).is_dir():
+        raise UserError(f"--out={out} is not empty: choose another folder")
+    if not out.suffix and out.is_file():
+        raise UserError(f"--out={out} is a file: give a folder, or a file that ends in .{name}")
     return name
 
 
@@ -151,8 +161,13 @@ def main() -> None:
         first=done,
     )
     with tqdm(total=len(labels), initial=done, unit="image", desc="sampling") as bar:
-        for count in request.draw_parts(parts, batches, done):
-            bar.update(count)
+        try:
+            for count in request.draw_parts(parts, batches, done):
+                bar.update(count)
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"stopped at {bar.n} of {len(labels)} images; run again to go on", flush=True)
+            sys.exit(130)
     if form == "npz":
         request.write_npz(parts, labels, out)
     elif out.suffix == ".png":

@@ -1,7 +1,6 @@
 """The commands: what they print, write, and answer to a mistake."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,41 +14,11 @@ from dydilit_jax.errors import UserError
 from dydilit_jax.sample import parse_labels
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.writers import read_metrics
+from tests.commands import ENVIRONMENT, assert_one_line
 from tests.tiny import ROOT, mesh_of, plain_config, random_state
 
 TRAIN, SAMPLE = "dydilit_jax.train", "dydilit_jax.sample"
 CONFIG = "--config=configs/digits.py"
-# Eight devices as in conftest.py; compiled in a hurry.
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
-}
-
-
-@pytest.fixture(scope="module")
-def command():
-    """Runs a command from the checkout: (exit code, standard output, standard error)."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.command_server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        env=ENVIRONMENT,
-    ) as server:
-        questions, answers = server.stdin, server.stdout
-        assert questions is not None
-        assert answers is not None
-
-        def run(*arguments):
-            questions.write(json.dumps(arguments) + "\n")
-            questions.flush()
-            return json.loads(answers.readline())
-
-        yield run
-        questions.close()
 
 
 def start(*arguments, **options):
@@ -62,15 +31,6 @@ def start(*arguments, **options):
         cwd=ROOT,
         env=ENVIRONMENT | options,
     )
-
-
-def assert_one_line(code, errors, *parts):
-    assert code == 2
-    lines = errors.splitlines()
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +146,22 @@ SAMPLE_MISTAKES = {
     "no images": (["--workdir=W/trained", "--num=0"], ["num"]),
     "no steps": (["--workdir=W/trained", "--steps=0"], ["steps", "at least 1"]),
     "number no number": (["--workdir=W/trained", "--num=many"], ["num", "many"]),
+    "unknown sampler": (
+        ["--workdir=W/trained", "--sampler=eular"],
+        ["sampler 'eular': did you mean 'euler'?", "ddpm, ddim, dpm_solver_pp"],
+    ),
+    "sampler of the other process": (
+        ["--workdir=W/trained", "--sampler=ddpm"],
+        ["sampler 'ddpm' is not for a RectifiedFlow: use euler, heun, euler_maruyama"],
+    ),
+    "interval outside": (
+        ["--workdir=W/trained", "--guidance_interval=0.5,1.5"],
+        ["guidance interval must be 0 <= low <= high <= 1, got (0.5, 1.5)"],
+    ),
+    "interval no numbers": (
+        ["--workdir=W/trained", "--guidance_interval=all"],
+        ["--guidance_interval=all expects two numbers, like 0.1,0.9"],
+    ),
     "picture no png": (
         ["--workdir=W/trained", "--out=W/a.jpg"],
         ["a .png file or a folder", "a.jpg is neither"],
@@ -227,7 +203,7 @@ def test_a_real_process_answers_as_the_server_does(command, tmp_path):
     with start(*arguments) as process:
         output, errors = process.communicate(timeout=120)
     assert_one_line(process.returncode, errors, "'train.steps'")
-    assert [process.returncode, output, errors] == command(*arguments)
+    assert (process.returncode, output, errors) == command(*arguments)
 
 
 def test_debug_shows_where_an_error_comes_from(command, tmp_path):

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from dydilit_jax import sample
 from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
 from dydilit_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Euler
 from dydilit_jax.errors import UserError
 from dydilit_jax.sample import output_format, parse_interval, parse_labels
+from dydilit_jax.training import request
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.state import Network, configured_sampler
-from tests.tiny import mesh_of, random_parameters, tiny_config
+from tests.tiny import mesh_of, plain_config, random_parameters, save_run, tiny_config
 
 FLOW, GAUSSIAN = DiffusionConfig(), DiffusionConfig(process="gaussian")
 
@@ -105,6 +109,58 @@ def test_every_sampler_draws_the_same_image_in_any_batch_and_from_any_start(samp
     np.testing.assert_allclose(tail, whole[3:], rtol=1e-4, atol=1e-4 * np.abs(whole).max())
 
 
-def test_paths_are_paths():
+def test_a_file_and_a_folder_are_not_mistaken_for_each_other(tmp_path):
     with pytest.raises(UserError, match="is neither"):
         output_format(Path("a.jpg"), "png")
+    (tmp_path / "a.npz").mkdir()
+    with pytest.raises(UserError, match=r"a\.npz is a folder"):
+        output_format(tmp_path / "a.npz", None)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file is a file"):
+        output_format(tmp_path / "file", None)
+    (tmp_path / "folder").mkdir()
+    assert output_format(tmp_path / "folder", None) == "png"
+    (tmp_path / "folder" / "000000.png").write_text("precious")
+    with pytest.raises(UserError, match="folder is not empty: choose another"):
+        output_format(tmp_path / "folder", None)
+    # Of a request that was stopped while it wrote them.
+    (tmp_path / "folder.parts").mkdir()
+    assert output_format(tmp_path / "folder", None) == "png"
+
+
+def test_a_request_stops_at_ctrl_c_and_goes_on(tmp_path, monkeypatch, capsys):
+    """The second time the first part is read, not drawn: what lies there is what comes out."""
+    save_run(tmp_path / "run", plain_config())
+    flags.FLAGS.mark_as_parsed()
+
+    def draw(name):
+        out = str(tmp_path / name)
+        with flagsaver.flagsaver(
+            workdir=str(tmp_path / "run"), num=40, batch_size=16, steps=2, seed=3, out=out
+        ):
+            sample.main()
+
+    draw("whole.npz")
+    add = request.Parts.add
+
+    def stop_at_the_second(parts, first, images):
+        if first:
+            raise KeyboardInterrupt
+        add(parts, first, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(request.Parts, "add", stop_at_the_second)
+        with pytest.raises(SystemExit) as stopped:
+            draw("parts.npz")
+    assert stopped.value.code == 130
+    assert "stopped at 16 of 40 images; run again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "parts.npz").exists()
+    np.save(tmp_path / "parts.npz.parts" / "00000000.npy", np.full((16, 8, 8, 1), 99, np.uint8))
+    draw("parts.npz")
+    assert "16 of 40 images are there already" in capsys.readouterr().out
+    with np.load(tmp_path / "parts.npz") as parts, np.load(tmp_path / "whole.npz") as whole:
+        np.testing.assert_array_equal(whole["arr_1"], np.arange(40) % 10)
+        np.testing.assert_array_equal(parts["arr_1"], whole["arr_1"])
+        assert np.all(parts["arr_0"][:16] == 99)
+        np.testing.assert_array_equal(parts["arr_0"][16:], whole["arr_0"][16:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.npz", "run", "whole.npz"]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dydilit_jax.config import Config
+from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.sharding import path_of
 from dydilit_jax.training.state import Network, TrainState, initial_state, state_shardings
 
@@ -119,6 +120,21 @@ def random_state(network: Network, mesh: Mesh, seed: int = 0) -> TrainState:
         key=jax.random.key(seed),
     )
     return jax.device_put(state, state_shardings(network, mesh))
+
+
+def save_run(workdir: Path, config: Config, step: int = 1) -> TrainState:
+    """A workdir as a run leaves it, with random parameters whose average they are; the state."""
+    state = random_state(Network.create(config), mesh_of(1))
+    # An average over one step holds a share 1 - decay of the parameters until it is corrected.
+    share = np.float32(1 - config.optimizer.ema_decay)
+    average = jax.tree.map(lambda leaf: share * leaf, state.parameters)
+    ema = state.ema._replace(count=state.ema.count + 1, ema=average)
+    state = dataclasses.replace(state, step=state.step + step, ema=ema)
+    open_workdir(workdir, config)
+    checkpointer = Checkpointer(workdir)
+    checkpointer.save(state, {})
+    checkpointer.close()
+    return state
 
 
 def _but_key(state: TrainState) -> TrainState:

@@ -22,6 +22,11 @@ from dydilit_jax.drawing import to_uint8
 from dydilit_jax.errors import UserError
 
 
+def parts_folder(out: Path) -> Path:
+    """Where the parts of a request that ends in `out` are kept."""
+    return out.with_name(out.name + ".parts")
+
+
 class Parts:
     """The parts of a request on disk.
 
@@ -34,7 +39,7 @@ class Parts:
     """
 
     def __init__(self, out: Path, request: dict[str, Any]):
-        self.folder = out.with_name(out.name + ".parts")
+        self.folder = parts_folder(out)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "request.json"
         request = json.loads(json.dumps(request))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Mapping
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ import numpy as np
 
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.pretrained.layouts import Tensors
+from dydilit_jax.models.pretrained.torch_files import read_torch
 
 CONFIG_FILE = "config.json"
 OWN_FILE, DIFFUSERS_FILE = "model.safetensors", "diffusion_pytorch_model.safetensors"
 WEIGHT_FILES = (OWN_FILE, DIFFUSERS_FILE, "diffusion_pytorch_model.bin")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-# Where PyTorch's training scripts put the weights among all else; the average first.
-NESTED = ("ema", "model", "state_dict")
 
 SAFETENSORS_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -83,7 +80,7 @@ def read_tensors(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
+        return read_torch(path)
     raise UserError(
         f"{str(path)!r} is neither .safetensors nor {', '.join(TORCH_SUFFIXES)}: other formats, "
         "like .ckpt and .pkl, are pickles that could run any code, and are not read"
@@ -109,46 +106,6 @@ def _read_safetensors(path: Path) -> Tensors:
         array = np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = array.reshape(entry["shape"]).astype(np.float32)
     return tensors
-
-
-def _read_torch(path: Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"reading {str(path)!r} needs PyTorch: pip install torch, or save the weights as "
-            ".safetensors"
-        ) from error
-    try:
-        # Training scripts save their command-line arguments too: a Namespace runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{str(path)!r} holds more than tensors, and reading it could run any code: load it "
-            "where you trust it, and save its state dict alone"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{str(path)!r} is truncated, or no PyTorch checkpoint ({reason}): fetch it again"
-        ) from error
-    for name in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
-    if not isinstance(content, Mapping):
-        raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected a state dict")
-    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise UserError(
-            f"{str(path)!r} is no state dict: {listed(others)} "
-            f"{'is no tensor' if len(others) == 1 else 'are no tensors'}"
-        )
-    return {
-        str(name): np.asarray(value.detach().to(torch.float32).numpy())
-        for name, value in content.items()
-    }
 
 
 def listed(names: list[str], most: int = 10) -> str:
@@ -187,9 +144,12 @@ def write_folder(
             contiguous = {
                 name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()
             }
+            config = unfinished / CONFIG_FILE
+            config.write_text(json.dumps(fields, indent=2) + "\n")
             # The metadata is what Hugging Face's readers ask for.
             save_file(contiguous, unfinished / weights, metadata={"format": "pt"})
-            (unfinished / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+            # Readable by whom the user's umask says, not by the user alone, as safetensors has it.
+            (unfinished / weights).chmod(stat.S_IMODE(config.stat().st_mode))
             if folder.is_dir() and any(folder.iterdir()):
                 for name in (weights, CONFIG_FILE):
                     (unfinished / name).replace(folder / name)
