@@ -41,6 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
             horizontal_flip=True,
             workers=4,
         ),
+        autoencoder=c.AutoencoderConfig(weights="sd-vae-ft-ema"),
         diffusion=c.DiffusionConfig(process=choice["process"]),
         train=c.TrainConfig(steps=400_000, checkpoint_every=10_000, sample_every=50_000),
         sampling=c.SamplingConfig(steps=250, guidance_scale=1.5, guidance_channels=3 * gaussian),

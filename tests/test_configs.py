@@ -55,6 +55,7 @@ def test_dits_recipe_is_the_default(name, shape, classes):
     assert config.diffusion.gaussian.learned_variance
     assert config.sampling.steps == 250
     assert config.sampling.sampler in ("", "ddpm")
+    assert config.autoencoder.weights == ("sd-vae-ft-ema" if model.channels == 4 else "")
 
 
 def test_arguments_of_the_configs():

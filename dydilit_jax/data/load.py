@@ -7,6 +7,7 @@ import jax
 from dydilit_jax.config import Config, DataConfig
 from dydilit_jax.data.classes import ClassSubset, read_class_list
 from dydilit_jax.data.folder import FolderSource
+from dydilit_jax.data.latents import LatentSource, wanted_of
 from dydilit_jax.data.pipeline import StepBatches, make_batches
 from dydilit_jax.data.records import RecordSource
 from dydilit_jax.data.sources import SOURCES, Source
@@ -53,12 +54,16 @@ def load_source(config: Config) -> Source:
     """What the config's network is trained on: images, or latents if `data.latents` is set.
 
     Raises:
-      UserError: as load_images; or the network's input or classes are not the data's.
+      UserError: as load_images; latents that are missing, damaged or of something else; or the
+        network's input or classes are not the data's.
     """
     data, model = config.data, config.model
     if data.latents:
-        raise UserError("data.latents is not supported yet")
-    source = load_images(data, image_size=model.image_size, channels=model.channels)
+        source: Source = LatentSource(
+            data.latents, wanted=wanted_of(config), flip=data.horizontal_flip
+        )
+    else:
+        source = load_images(data, image_size=model.image_size, channels=model.channels)
     expected = (model.image_size, model.image_size, model.channels)
     if tuple(source.image_shape) != expected:
         raise UserError(
