@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dydilit_jax.data.sources import EncodedSource
+from dydilit_jax.data.sources import SOURCES, EncodedSource
 from dydilit_jax.errors import UserError
 
 CHECK_THREADS = 16
@@ -62,13 +62,14 @@ def find_version(name: str, data_dir: str) -> epath.Path:
     there = (
         sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
     )
-    if near := difflib.get_close_matches(name, [each for each in there if each != name], n=1):
+    others = [other for other in (*there, *SOURCES, "folder") if other != name]
+    if near := difflib.get_close_matches(name, others, n=1):
         hint = f"did you mean {near[0]!r}? Or prepare"
     else:
         hint = "prepare"
     version = f" version {wanted}" if wanted else ""
     raise UserError(
-        f"data set {name!r}{version} is not in {os.fspath(root)!r}: {hint} it with "
+        f"data source {name!r}{version} is not in {os.fspath(root)!r}: {hint} it with "
         f"'{prepare_command(name, data_dir)}', or set data.data_dir"
     )
 

@@ -288,7 +288,7 @@ def test_a_network_that_does_not_fit_the_data_is_refused(tmp_path, model, messag
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"data": {"source": "digit"}}, "unknown data source 'digit': did you mean 'digits'"),
+        ({"data": {"source": "digit"}}, "data source 'digit' is not in .*: did you mean 'digits'"),
         ({"diffusion": {"process": "flaw"}}, "unknown diffusion process 'flaw'"),
         ({"sampling": {"sampler": "eular"}}, "unknown sampler 'eular': did you mean 'euler'"),
         ({"sampling": {"sampler": "ddim"}}, "sampler 'ddim' is not for a RectifiedFlow"),
