@@ -6,10 +6,10 @@
 DIR holds cifar10 and imagenet2012 as tfds writes them in ArrayRecord form; FOLDER is what
 `python -m dydilit_jax.encode --config=configs/imagenet256.py` wrote, with the autoencoder WEIGHTS.
 
-Reading is done by one thread, and told twice: images per second of the clock, and of CPU time, which
-is the rate of one core and hardly changes on a busy machine. The bytes are those on disk; latents are
-held against the JPEGs they come from. Waiting is the time that a trainer spends in `next(batches)`
-over the time of all, after the first step, for a network of size `tiny`.
+Reading is done by one thread, and told twice: images per second of the clock, and of CPU time,
+which is the rate of one core and hardly changes on a busy machine. The bytes are those on disk;
+latents are held against the JPEGs they come from. Waiting is the time that a trainer spends in
+`next(batches)` over the time of all, after the first step, for a network of size `tiny`.
 """
 
 from __future__ import annotations
