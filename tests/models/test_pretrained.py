@@ -204,6 +204,15 @@ def test_another_ratio_of_the_mlp_fits_the_official_layout(tmp_path):
     assert back.feedforward == config.feedforward
 
 
+def test_the_heads_of_dits_sizes_are_known(tmp_path):
+    attention = AttentionConfig(kind="softmax", heads=6, depthwise=0)
+    config = dataclasses.replace(SMALL, depth=1, width=384, attention=attention)
+    save_pretrained(tmp_path / "a", config, random_tree(config), layout="dit")
+    (tmp_path / "a" / "config.json").unlink()
+    back, _ = load_pretrained(tmp_path / "a")
+    assert (back.width, back.attention) == (384, attention)
+
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "dydila": {},
     "rms": {"attention": {"normalizer": "rms"}},
