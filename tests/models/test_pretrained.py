@@ -35,13 +35,15 @@ def with_parameters(make, parameters):
     return nnx.merge(nnx.split(nnx.eval_shape(make))[0], parameters)
 
 
-def output(config, parameters):
+def output(config, parameters, out_channels=8, time=DIT["time"]):
     """What the network puts out for the fixture's images, channels last."""
 
     @jax.jit
     def run(parameters):
-        module = with_parameters(lambda: DyDiLiT(config, 8, rngs=nnx.Rngs(0)), parameters)
-        return module(DIT["images"], DIT["time"], DIT["labels"])[0]
+        module = with_parameters(
+            lambda: DyDiLiT(config, out_channels, rngs=nnx.Rngs(0)), parameters
+        )
+        return module(DIT["images"], time, DIT["labels"])[0]
 
     return np.asarray(run(parameters))
 
