@@ -71,7 +71,7 @@ class Checkpointer:
         self._workdir = workdir
         self._folder = (workdir / CHECKPOINTS).resolve()
         self._keep, self._keep_every = keep, keep_every
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = _orbax()
         self._damaged: set[int] = set()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -292,6 +292,7 @@ class Checkpointer:
             self._error = error
             return
         self.failed_step = step
+        self._orbax = _orbax()  # The old one would raise what is left of this at its next save.
         if jax.process_index() == 0:
             for name in (f"{step}.orbax-checkpoint-tmp", str(step)):
                 shutil.rmtree(self._folder / name, ignore_errors=True)
@@ -317,6 +318,10 @@ class Checkpointer:
     def _say(self, line: str) -> None:
         if jax.process_index() == 0:
             warn(line)
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
 def _remove(folder: Path) -> None:

@@ -67,7 +67,8 @@ def write_manifest(folder: Path, arrays: Arrays, *, scheduled: bool) -> None:
             "sha256": digest,
         }
     record = {"format": FORMAT, "scheduled": scheduled, "files": files, "arrays": arrays}
-    write_atomically(folder / MANIFEST, json.dumps(record, indent=1))
+    manifest = {"sha256": _digest(record), "record": record}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def is_finished(folder: Path) -> bool:
@@ -77,14 +78,14 @@ def is_finished(folder: Path) -> bool:
 
 def recorded_arrays(folder: Path) -> Arrays:
     """The arrays of a checkpoint that has no damage."""
-    return json.loads((folder / MANIFEST).read_text())["arrays"]
+    return _read(folder)["arrays"]
 
 
 def is_scheduled(folder: Path) -> bool:
     """Whether a checkpoint is one that an uninterrupted run would have written too."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["scheduled"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(_read(folder)["scheduled"])
+    except (OSError, ValueError):
         return False
 
 
@@ -102,16 +103,16 @@ def find_damage(
       OSError: a file that is there cannot be read.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
-        arrays = manifest["arrays"]
+        files = _read(folder)["files"]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    if not isinstance(arrays, dict):
-        return f"{MANIFEST} is not readable"
-    chosen = [f for f in files if items is None or "/" not in f[0] or f[0].split("/")[0] in items]
+    except ValueError:
+        return f"{MANIFEST} was changed"
+    chosen = [
+        (name, file["bytes"], file["sha256"])
+        for name, file in files.items()
+        if items is None or "/" not in name or name.split("/")[0] in items
+    ]
     for name, size, digest in chosen[share[0] :: share[1]]:
         path = folder / name
         if not path.is_file():
@@ -141,6 +142,20 @@ def differing_arrays(recorded: Arrays, expected: Arrays) -> str | None:
         return None
     more = f" ({len(differing) - 1} more)" if len(differing) > 1 else ""
     return differing[0] + more
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint; ValueError if it is not as it was written."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict) or _digest(manifest.get("record", {})) != manifest.get(
+        "sha256"
+    ):
+        raise ValueError("the record was changed")
+    return manifest["record"]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -323,7 +323,7 @@ def _loop(run: Run, last_step: float) -> TrainState:
         saves = due(step, intervals.checkpoint_every, streak)
         retries = run.wants_retry(step)
         used = stop or draws or saves or retries or streak > 0
-        if used and streak < intervals.rollback_after:
+        if used and not (problem and streak >= intervals.rollback_after):
             reviewed = newest
             problem = run.review(newest, log=stop or due(step, intervals.log_every))
         previous = None if used else newest

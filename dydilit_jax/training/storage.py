@@ -22,8 +22,10 @@ def is_storage_failure(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """What happened, out of an error's message, in a short line."""
     text = " ".join(str(error).split())
-    if found := re.search(r"OS error \d+: (?:E[A-Z]+ )?([^\]]+)", text):
-        return found.group(1).strip()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := re.search(r"(?:: )([^:\[]+) \[os_error_code", text):
+        return found.group(1)  # tensorstore's
     return text if len(text) < 160 else text[:160] + " ..."
 
 
@@ -44,7 +46,7 @@ def warn(line: str) -> None:
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax from logging the traceback of a failed save, which we tell in a line."""
+    """Keeps Orbax from logging tracebacks of a failed save, which we tell in a line."""
     logger = logging.getLogger("absl")
     if not any(isinstance(each, _NoTraceback) for each in logger.filters):
         logger.addFilter(_NoTraceback())
@@ -52,4 +54,4 @@ def quiet_orbax() -> None:
 
 class _NoTraceback(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.pathname.endswith("async_checkpointer.py")
+        return not (record.exc_info and "/orbax/" in record.pathname)

@@ -1,9 +1,9 @@
 """Checkpoints that are damaged, unfinished, someone else's, or that the storage did not take."""
 
 import os
+import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,10 +12,11 @@ import pytest
 from dydilit_jax.errors import UserError
 from dydilit_jax.training import checkpoint as checkpoint_module
 from dydilit_jax.training.checkpoint import Checkpointer, has_checkpoint, open_workdir
+from dydilit_jax.training.lock import WorkdirLock
 from dydilit_jax.training.loop import train
 from dydilit_jax.training.state import Network, abstract_state
 from dydilit_jax.training.writers import read_metrics
-from tests.tiny import ROOT, mesh_of, plain_config, random_state, state_arrays
+from tests.tiny import mesh_of, plain_config, random_state, state_arrays
 
 CONFIG = plain_config(train={"steps": 2})
 NETWORK = Network.create(CONFIG)
@@ -122,10 +123,10 @@ def test_several_damaged_ones_are_passed_over(workdir, abstract, capsys):
 def test_when_all_are_damaged_nothing_starts_over_unasked(workdir, abstract):
     for step in (10, 20, 30):
         cut_short(file_of(workdir / "checkpoints" / str(step), "state"))
-    with pytest.raises(UserError, match="no checkpoint of .* is whole") as error:
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole") as error:
         Checkpointer(workdir).restore(abstract)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="no checkpoint of .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
         train(CONFIG, workdir)
     assert (workdir / "checkpoints" / "30").is_dir()
 
@@ -187,70 +188,56 @@ def test_a_checkpoint_of_another_model_is_one_line(workdir):
     ):
         network = Network.create(plain_config(**changed))
         other = abstract_state(network, mesh_of(1))
-        with pytest.raises(UserError, match="checkpoint 30 of .* by another model: ") as error:
+        with pytest.raises(UserError, match=r"checkpoint 30 of .* by another model: ") as error:
             Checkpointer(workdir).restore(other)
-        assert pytest.raises(UserError, match=part) or True
         line = str(error.value)
         assert "\n" not in line
-        import re
-
         assert re.search(part, line), line
     wide = abstract_state(Network.create(plain_config(model={"width": 32})), mesh_of(1))
     with pytest.raises(UserError, match="by another model: ema/"):
         Checkpointer(workdir).restore_ema(wide)
 
 
-NOBODY = """
-import os, sys
-from pathlib import Path
-from dydilit_jax.errors import UserError
-from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
-from dydilit_jax.training.lock import WorkdirLock
-from tests.training.test_damage import CONFIG, NETWORK
-from dydilit_jax.training.state import abstract_state
-from tests.tiny import mesh_of
-abstract = abstract_state(NETWORK, mesh_of(1))
-if os.getuid() == 0:
-    os.setgid(65534)
-    os.setuid(65534)
-locked, closed, unreadable = (Path(argument) for argument in sys.argv[1:])
-for call in (
-    lambda: open_workdir(locked, CONFIG),
-    lambda: WorkdirLock(closed),
-    lambda: Checkpointer(unreadable).restore(abstract),
-):
-    try:
-        call()
-    except UserError as error:
-        print(error)
-"""
+@pytest.fixture
+def as_nobody():
+    """Permission bits bind everyone but the superuser."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
 
 
-def test_a_folder_without_permission_is_one_line(saved, tmp_path):
+def refused(call, *arguments):
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def forbidden(saved, tmp_path):
+    """Workdirs that may not be written, be entered, or whose checkpoint may not be read."""
     locked, closed, unreadable = (tmp_path / name for name in ("locked", "closed", "unreadable"))
     for folder in (locked, unreadable):
         shutil.copytree(saved, folder)
     closed.mkdir()
-    for path in (tmp_path, *list(tmp_path.parents)[:3]):
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         path.chmod(0o755)
     locked.chmod(0o777)
     (locked / "checkpoints").chmod(0o555)
     closed.chmod(0o555)
-    secret = file_of(unreadable / "checkpoints" / "30", "state")
-    secret.chmod(0o000)
-    done = subprocess.run(
-        [sys.executable, "-c", NOBODY, locked, closed, unreadable],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3, done
-    assert f"cannot write workdir '{locked}': Permission denied in " in lines[0]
-    assert f"cannot write workdir '{closed}': Permission denied" in lines[1]
-    assert f"checkpoint 30 of '{unreadable}' cannot be read: no permission for" in lines[2]
-    assert secret.name in lines[2]
+    file_of(unreadable / "checkpoints" / "30", "state").chmod(0o000)
+    return locked, closed, unreadable
+
+
+def test_a_folder_without_permission_is_one_line(forbidden, abstract, as_nobody):
+    locked, closed, unreadable = forbidden
+    line = refused(open_workdir, locked, CONFIG)
+    assert f"cannot write workdir '{locked}': Permission denied in {locked / 'checkpoints'}" in line
+    assert f"cannot write workdir '{closed}': Permission denied" in refused(WorkdirLock, closed)
+    line = refused(Checkpointer(unreadable).restore, abstract)
+    assert f"checkpoint 30 of '{unreadable}' cannot be read: no permission for" in line
 
 
 @pytest.fixture
@@ -337,7 +324,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypa
         real(folder, arrays, **options)
 
     monkeypatch.setattr(checkpoint_module, "write_manifest", failing)
-    with pytest.raises(UserError, match="checkpoint of step 3 could not .* is that of step 2"):
+    with pytest.raises(UserError, match=r"checkpoint of step 3 could not .* is that of step 2"):
         train(config, tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
