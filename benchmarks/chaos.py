@@ -80,8 +80,19 @@ class Kill:
     told: list[str] = dataclasses.field(default_factory=list)
 
 
-def run_command(arguments: list[str], log: str) -> None:
-    """In the child: `python -m dydilit_jax.train ARGUMENTS`, output to a file."""
+def run_command(arguments: list[str], log: str, compiled: str) -> None:
+    """In the child: `python -m dydilit_jax.train ARGUMENTS`, output to a file.
+
+    Args:
+      arguments: of the command.
+      log: file for its output.
+      compiled: folder of compiled programs, so that no start compiles what another did.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -108,7 +119,12 @@ class Chaos:
         """Starts the command in a process of its own."""
         log = workdir.with_suffix(".log")
         process = self.context.Process(
-            target=run_command, args=([*self.arguments, f"--workdir={workdir}"], str(log))
+            target=run_command,
+            args=(
+                [*self.arguments, f"--workdir={workdir}"],
+                str(log),
+                str(self.root / "compiled"),
+            ),
         )
         process.start()
         return process
@@ -222,10 +238,8 @@ def final_state(workdir: Path) -> dict[str, bytes]:
     config = load_config(workdir)
     abstract = abstract_state(Network.create(config), make_mesh(config.mesh))
     checkpointer = Checkpointer(workdir)
-    restored = checkpointer.restore(abstract)
+    state, data = checkpointer.restore(abstract)
     checkpointer.close()
-    assert restored is not None
-    state, data = restored
     plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
     leaves = jax.tree_util.tree_flatten_with_path(plain)[0]
     arrays = {path_of(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
@@ -280,9 +294,6 @@ def chaos(
     Returns:
       The report, as JSON holds it; `equal` says how it ended.
     """
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
     straight, killed = root / "straight", root / "killed"
     runs = Chaos(root, arguments, seed)
     runs.finish(root / "warmup")  # Imports in the server, programs in the cache.

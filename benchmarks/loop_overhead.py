@@ -73,6 +73,7 @@ class Alternating:
         self.in_loop: list[float] = []
 
     def __call__(self, state: Any, batch: Any) -> Any:
+        """One step of the loop; before every block of them, the measurement."""
         if self.calls % self.block == 0:
             jax.block_until_ready(state)
             self.clock.running = False

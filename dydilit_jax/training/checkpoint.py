@@ -101,8 +101,9 @@ class Checkpointer:
         fields, ema = _split_ema(state)
         arrays = {"state": describe_arrays(fields), "ema": describe_arrays(ema)}
         try:
+            self.discard_unfinished()
             if jax.process_index() == 0 and folder.exists():
-                shutil.rmtree(folder)  # Damaged or unfinished; this one takes its place.
+                shutil.rmtree(folder)  # Damaged; this one takes its place.
             self._orbax.save(
                 folder,
                 args=ocp.args.Composite(
@@ -130,7 +131,14 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def restore(
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """As `resume`, where a checkpoint is expected: UserError if there is none."""
+        restored = self.resume(abstract)
+        if restored is None:
+            raise self._none()
+        return restored
+
+    def resume(
         self, abstract: TrainState, scheduled: bool = False
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint without damage; names those it passes over.
@@ -170,7 +178,7 @@ class Checkpointer:
         """
         step = self._choose(("ema",), scheduled=False)
         if step is None:
-            raise UserError(f"workdir {str(self._workdir)!r} has no checkpoint yet: train first")
+            raise self._none()
         self._check_arrays(step, {"ema": describe_arrays(abstract.ema)})
         restored = self._orbax.restore(
             self._folder / str(step),
@@ -199,10 +207,14 @@ class Checkpointer:
         finally:
             self._orbax.close()
 
+    def _entries(self) -> list[Path]:
+        try:
+            return sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+        except PermissionError as error:
+            raise self._unreadable("checkpoints", error) from error
+
     def _steps(self) -> list[int]:
-        if not self._folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self._entries() if path.name.isdigit())
 
     def _finished(self) -> list[int]:
         """Steps of the finished checkpoints that are not known to be damaged, oldest first."""
@@ -213,11 +225,9 @@ class Checkpointer:
         ]
 
     def _unfinished(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
         return [
             path
-            for path in sorted(self._folder.iterdir())
+            for path in self._entries()
             if path.is_dir() and path.name.split(".")[0].isdigit() and not is_finished(path)
         ]
 
@@ -238,10 +248,7 @@ class Checkpointer:
             try:
                 problem = find_damage(folder, items, share)
             except PermissionError as error:
-                raise UserError(
-                    f"checkpoint {step} of {str(self._workdir)!r} cannot be read: no permission "
-                    f"for {error.filename}"
-                ) from error
+                raise self._unreadable(f"checkpoint {step}", error) from error
             except OSError as error:
                 problem = f"{error.filename}: {error.strerror}"
             damage = common_text(problem) or ""
@@ -314,6 +321,14 @@ class Checkpointer:
         for step in self._steps():
             if step not in kept and step < finished[-1]:
                 _remove(self._folder / str(step))
+
+    def _unreadable(self, what: str, error: PermissionError) -> UserError:
+        return UserError(
+            f"{what} of {str(self._workdir)!r} cannot be read: no permission for {error.filename}"
+        )
+
+    def _none(self) -> UserError:
+        return UserError(f"workdir {str(self._workdir)!r} has no checkpoint yet: train first")
 
     def _say(self, line: str) -> None:
         if jax.process_index() == 0:

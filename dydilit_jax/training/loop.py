@@ -139,7 +139,7 @@ class Run:
 
     def start(self) -> TrainState:
         """The newest good checkpoint's state, with the data moved to its place; or a new one."""
-        restored = self.checkpointer.restore(abstract_state(self.network, self.mesh))
+        restored = self.checkpointer.resume(abstract_state(self.network, self.mesh))
         self.checkpointer.discard_unfinished()
         if restored is None:
             self._truncate_metrics(0)
@@ -192,8 +192,8 @@ class Run:
         """
         self.progress.pause()
         abstract = abstract_state(self.network, self.mesh)
-        restored = self.checkpointer.restore(abstract, scheduled=True)
-        restored = restored or self.checkpointer.restore(abstract)
+        restored = self.checkpointer.resume(abstract, scheduled=True)
+        restored = restored or self.checkpointer.resume(abstract)
         if restored is None:
             state, remembered = self._new_state(), Recovery()
         else:

@@ -19,7 +19,9 @@ def connect(address: str, index: int, count: int) -> None:
     jax.distributed.initialize(address, count, index)
 
 
-def run_process(index: int, count: int, address: str, config: str, workdir: str, log: str) -> None:
+def run_process(
+    index: int, count: int, address: str, config: str, workdir: str, log: str, compiled: str
+) -> None:
     """In the child: process `index` of `count`, with one device, trains."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -27,6 +29,10 @@ def run_process(index: int, count: int, address: str, config: str, workdir: str,
     os.environ["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     )
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from dydilit_jax.config import Config
     from dydilit_jax.errors import UserError
     from dydilit_jax.training.loop import train
@@ -47,9 +53,10 @@ class Processes:
       config: the run's, as JSON.
       workdir: the run's, shared.
       log: a file for what each of them says; its number is appended.
+      compiled: folder of compiled programs.
     """
 
-    def __init__(self, count: int, config: str, workdir: Path, log: Path):
+    def __init__(self, count: int, config: str, workdir: Path, log: Path, compiled: Path):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         with socket.socket() as free:
@@ -59,7 +66,15 @@ class Processes:
         self.processes = [
             context.Process(
                 target=run_process,
-                args=(index, count, address, config, str(workdir), str(self.logs[index])),
+                args=(
+                    index,
+                    count,
+                    address,
+                    config,
+                    str(workdir),
+                    str(self.logs[index]),
+                    str(compiled),
+                ),
             )
             for index in range(count)
         ]

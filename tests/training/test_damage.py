@@ -148,7 +148,7 @@ def test_an_unfinished_one_is_named_skipped_and_removed_by_the_next_run(workdir,
     (folder / "10" / "manifest.json").unlink()
     (folder / "20" / "manifest.json").unlink()
     assert not has_checkpoint(workdir)
-    assert Checkpointer(workdir).restore(abstract) is None
+    assert Checkpointer(workdir).resume(abstract) is None
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(workdir, abstract):
@@ -177,7 +177,9 @@ def test_the_newest_that_a_rollback_may_return_to_is_kept(tmp_path, abstract):
     checkpointer.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "27"]
     assert int(Checkpointer(tmp_path).restore(abstract)[0].step) == 27
-    assert int(Checkpointer(tmp_path).restore(abstract, scheduled=True)[0].step) == 20
+    scheduled = Checkpointer(tmp_path).resume(abstract, scheduled=True)
+    assert scheduled is not None
+    assert int(scheduled[0].step) == 20
 
 
 def test_a_checkpoint_of_another_model_is_one_line(workdir):
@@ -218,9 +220,11 @@ def refused(call, *arguments):
 @pytest.fixture
 def forbidden(saved, tmp_path):
     """Workdirs that may not be written, be entered, or whose checkpoint may not be read."""
-    locked, closed, unreadable = (tmp_path / name for name in ("locked", "closed", "unreadable"))
-    for folder in (locked, unreadable):
+    names = ("locked", "closed", "unreadable", "hidden")
+    locked, closed, unreadable, hidden = (tmp_path / name for name in names)
+    for folder in (locked, unreadable, hidden):
         shutil.copytree(saved, folder)
+        folder.chmod(0o755)
     closed.mkdir()
     for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         path.chmod(0o755)
@@ -228,16 +232,19 @@ def forbidden(saved, tmp_path):
     (locked / "checkpoints").chmod(0o555)
     closed.chmod(0o555)
     file_of(unreadable / "checkpoints" / "30", "state").chmod(0o000)
-    return locked, closed, unreadable
+    (hidden / "checkpoints").chmod(0o000)
+    return locked, closed, unreadable, hidden
 
 
 def test_a_folder_without_permission_is_one_line(forbidden, abstract, as_nobody):
-    locked, closed, unreadable = forbidden
+    locked, closed, unreadable, hidden = forbidden
     line = refused(open_workdir, locked, CONFIG)
     assert f"cannot write workdir '{locked}': Permission denied in {locked / 'checkpoints'}" in line
     assert f"cannot write workdir '{closed}': Permission denied" in refused(WorkdirLock, closed)
     line = refused(Checkpointer(unreadable).restore, abstract)
     assert f"checkpoint 30 of '{unreadable}' cannot be read: no permission for" in line
+    line = refused(Checkpointer(hidden).restore, abstract)
+    assert f"checkpoints of '{hidden}' cannot be read: no permission for" in line
 
 
 @pytest.fixture

@@ -24,15 +24,14 @@ CLOCK = {"steps_per_second", "images_per_second"}
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tmp_path, compiled_programs):
     """Starts four processes in a workdir; all are ended at the end of the test."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     started = []
 
     def start(workdir, count=COUNT):
         log = tmp_path / f"{workdir.name}.{len(started)}"
-        started.append(Processes(count, CONFIG.to_json(), workdir, log))
+        folder = compiled_programs / "processes"
+        started.append(Processes(count, CONFIG.to_json(), workdir, log, folder))
         return started[-1]
 
     yield start
