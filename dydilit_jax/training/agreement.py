@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-TEXT_BYTES = 400
+from dydilit_jax.errors import UserError
+
+TEXT_BYTES = 1000
 
 
 def common_text(text: str | None) -> str | None:
@@ -17,7 +22,7 @@ def common_text(text: str | None) -> str | None:
     A collective: every process calls it.
 
     Args:
-      text: this process's, of which 400 bytes are kept.
+      text: this process's, of which 1,000 bytes are kept where there are several.
     """
     if jax.process_count() == 1:
         return text
@@ -31,6 +36,18 @@ def common_text(text: str | None) -> str | None:
         if row.any():
             return bytes(row[row != 0]).decode(errors="ignore")
     return None
+
+
+@contextmanager
+def raised_together() -> Iterator[None]:
+    """Raises a UserError of any process on every process; a collective."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    if (problem := common_text(problem)) is not None:
+        raise UserError(problem)
 
 
 def of_first_process(value: int) -> int:

@@ -103,30 +103,42 @@ class Evaluation:
     def score(self, state: TrainState) -> bool:
         """Scores class-balanced samples and says how good they are; False if stopped meanwhile."""
         step = int(state.step)
-        count = self.config.evaluation.num
-        scores = next(
-            (r for r in read_metrics(self.workdir) if r["step"] == step and "label_agreement" in r),
-            None,
-        )
-        done = scores is not None and self.grid_path(step).is_file()
-        if scores is None or not of_first_process(done):
-            print(f"drawing {count} samples to score ...", file=sys.stderr, flush=True)
-            labels = np.arange(count) % self.config.model.num_classes
-            images = self.samples(state, labels)
-            if images is None or not self.draw_grid(state):
+        scores = self._written_scores(step)
+        if not of_first_process(scores is not None and self.grid_path(step).is_file()):
+            scores = self._new_scores(state)
+            if scores is None:
                 print("stopped while scoring; run again to go on", flush=True)
                 return False
-            scores = pixel_scores(images, labels, self.source)
-            self.writers.scalars(step, scores)
-        ratio = scores["pixel_frechet"] / scores["pixel_frechet_floor"]
-        print(f"sample grid: {self.grid_path(step)}")
-        print(f"label_agreement: {scores['label_agreement']:.1%} of {count} samples")
-        print(
-            f"pixel_frechet: {scores['pixel_frechet']:.3f}, {ratio:.2f} times "
-            f"pixel_frechet_floor {scores['pixel_frechet_floor']:.3f}",
-            flush=True,
-        )
+        if scores is not None:  # Only the first process is sure to find what was written.
+            ratio = scores["pixel_frechet"] / scores["pixel_frechet_floor"]
+            print(f"sample grid: {self.grid_path(step)}")
+            print(
+                f"label_agreement: {scores['label_agreement']:.1%} of "
+                f"{self.config.evaluation.num} samples"
+            )
+            print(
+                f"pixel_frechet: {scores['pixel_frechet']:.3f}, {ratio:.2f} times "
+                f"pixel_frechet_floor {scores['pixel_frechet_floor']:.3f}",
+                flush=True,
+            )
         return True
+
+    def _written_scores(self, step: int) -> dict[str, float] | None:
+        records = read_metrics(self.workdir)
+        return next((r for r in records if r["step"] == step and "label_agreement" in r), None)
+
+    def _new_scores(self, state: TrainState) -> dict[str, float] | None:
+        """Draws and writes scores and grid of the state; None if stopped meanwhile."""
+        count = self.config.evaluation.num
+        print(f"drawing {count} samples to score ...", file=sys.stderr, flush=True)
+        labels = np.arange(count) % self.config.model.num_classes
+        images = self.samples(state, labels)
+        if images is None or not self.draw_grid(state):
+            return None
+        scores = pixel_scores(images, labels, self.source)
+        with tolerated("scores"):
+            self.writers.scalars(int(state.step), scores)
+        return scores
 
     def _grid_labels(self) -> np.ndarray:
         """Labels of the sample grid, row by row: up to ten classes, spread over all."""

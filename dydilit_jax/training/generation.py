@@ -97,4 +97,13 @@ def generate_images(
         images = generate(
             parameters, key, jax.device_put(indices, sharding), jax.device_put(wanted, sharding)
         )
-        yield np.asarray(images)[: len(labels) - start]
+        yield on_host(images)[: len(labels) - start]
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """An array that lies over the devices of all processes, whole, on each; a collective."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.training.agreement import common_text
+from dydilit_jax.training.agreement import raised_together
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 5.0
@@ -147,14 +147,10 @@ def locked(workdir: Path) -> Iterator[WorkdirLock | None]:
     Raises:
       UserError: on every process, if another run lives in it, or it cannot be written.
     """
-    lock, problem = None, None
-    if jax.process_index() == 0:
-        try:
+    lock = None
+    with raised_together():
+        if jax.process_index() == 0:
             lock = WorkdirLock(workdir)
-        except UserError as error:
-            problem = str(error)
-    if (problem := common_text(problem)) is not None:
-        raise UserError(problem)
     try:
         yield lock
     finally:

@@ -22,6 +22,7 @@ from dydilit_jax.config import Config
 from dydilit_jax.data.pipeline import BatchIterator, make_batches
 from dydilit_jax.data.sources import Source, load_source
 from dydilit_jax.errors import UserError
+from dydilit_jax.training.agreement import raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.evaluation import Evaluation
 from dydilit_jax.training.guard import WATCHED, not_finite
@@ -117,7 +118,8 @@ class Run:
     def open(self, lock: WorkdirLock | None, requested: threading.Event) -> None:
         """Prepares the workdir, which the run holds from now on, and what writes to it."""
         train = self.config.train
-        open_workdir(self.workdir, self.config)
+        with raised_together():
+            open_workdir(self.workdir, self.config)
         self.lock = lock
         self.interruption = Interruption(self.mesh, requested)
         self.checkpointer = Checkpointer(

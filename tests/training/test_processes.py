@@ -18,7 +18,13 @@ CONFIG = plain_config(
     data={"horizontal_flip": True},
     mesh={"data": 2, "fsdp": 2},
     optimizer={"learning_rate": 1e-2, "clip_norm": 1.0},
-    train={"steps": 40, "checkpoint_every": 4, "log_every": 2, "keep_checkpoints": 2},
+    train={
+        "steps": 40,
+        "checkpoint_every": 4,
+        "log_every": 2,
+        "sample_every": 20,
+        "keep_checkpoints": 2,
+    },
 )
 CLOCK = {"steps_per_second", "images_per_second"}
 
@@ -104,6 +110,8 @@ def test_stopped_killed_and_started_again_four_processes_end_as_if_nothing_had_b
     for name, value in one[0].items():
         assert value.tobytes() == other[0][name].tobytes(), name
     assert one[1] == other[1]
+    for path in (straight / "samples").iterdir():
+        assert path.read_bytes() == (broken / "samples" / path.name).read_bytes()
     # The stopped run also logged the step it stopped at.
     assert one[2] == [record for record in other[2] if record["step"] % 2 == 0]
 
