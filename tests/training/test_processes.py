@@ -10,7 +10,7 @@ from dydilit_jax.training.checkpoint import Checkpointer
 from dydilit_jax.training.state import Network, abstract_state
 from dydilit_jax.training.writers import read_metrics
 from tests.tiny import mesh_of, plain_config, state_arrays
-from tests.training.processes import Processes
+from tests.training.process_run import Processes
 
 COUNT = 4
 CONFIG = plain_config(
