@@ -7,6 +7,7 @@ import time
 import pytest
 
 from dydilit_jax.training.checkpoint import Checkpointer
+from dydilit_jax.training.lock import WorkdirLock
 from dydilit_jax.training.state import Network, abstract_state
 from dydilit_jax.training.writers import read_metrics
 from tests.tiny import mesh_of, plain_config, state_arrays
@@ -16,13 +17,13 @@ COUNT = 4
 CONFIG = plain_config(
     model={"label_dropout": 0.3},
     data={"horizontal_flip": True},
-    mesh={"data": 2, "fsdp": 2},
+    mesh={"data": -1, "fsdp": 2},
     optimizer={"learning_rate": 1e-2, "clip_norm": 1.0},
     train={
-        "steps": 40,
+        "steps": 30,
         "checkpoint_every": 4,
         "log_every": 2,
-        "sample_every": 20,
+        "sample_every": 15,
         "keep_checkpoints": 2,
     },
 )
@@ -88,8 +89,8 @@ def test_stopped_killed_and_started_again_four_processes_end_as_if_nothing_had_b
     assert len(stopped) == COUNT
     assert len({line.partition("] ")[2] for line in stopped}) == 1
     step = Checkpointer(broken).latest_step()
-    assert all(f"stopped at step {step} of 40" in line for line in stopped)
-    assert 8 < step < 40
+    assert all(f"stopped at step {step} of 30" in line for line in stopped)
+    assert 8 < step < 30
 
     # SIGKILL ends another; the rest end, or are ended, and nothing finished is lost.
     processes = start(broken)
@@ -100,7 +101,7 @@ def test_stopped_killed_and_started_again_four_processes_end_as_if_nothing_had_b
     assert 0 not in codes
     processes.end()
     saved = Checkpointer(broken).latest_step()
-    assert step < saved < 40
+    assert step < saved < 30
 
     processes = start(broken)
     assert processes.join(90) == [0] * COUNT, processes.said()
@@ -118,13 +119,13 @@ def test_stopped_killed_and_started_again_four_processes_end_as_if_nothing_had_b
 
 def test_a_second_run_is_refused_on_all_its_processes(tmp_path, start):
     workdir = tmp_path / "run"
-    first = start(workdir)
-    wait_for(workdir, 4, first)
-    second = start(workdir, 2)
-    assert second.join(60) == [2, 2], second.said()
-    lines = [line for line in second.said().splitlines() if "error: " in line]
+    lock = WorkdirLock(workdir)
+    processes = start(workdir, 2)
+    assert processes.join(60) == [2, 2], processes.said()
+    lock.release()
+    lines = [line for line in processes.said().splitlines() if "error: " in line]
     assert len(lines) == 2
     for line in lines:
         assert f"workdir '{workdir}' is in use by a run on " in line
-        assert f"(process {first.processes[0].pid})" in line
-    assert first.join(60) == [0] * COUNT, first.said()
+        assert f"(process {os.getpid()})" in line
+    assert [path.name for path in workdir.iterdir()] == ["run.lock"]
