@@ -278,7 +278,15 @@ def plan(kills: int, steps: int, every: int, damages: int) -> tuple[list[Kill], 
 
 
 def chaos(
-    root: Path, arguments: list[str], *, kills: int, steps: int, every: int, damages: int, seed: int
+    root: Path,
+    arguments: list[str],
+    *,
+    kills: int,
+    steps: int,
+    every: int,
+    damages: int,
+    seed: int,
+    warm_up: bool = True,
 ) -> dict[str, Any]:
     """The two runs and their comparison.
 
@@ -290,13 +298,15 @@ def chaos(
       every: steps between its checkpoints.
       damages: kills after which the newest checkpoint is damaged.
       seed: of times and damages.
+      warm_up: let another run compile first, so that the time a start takes is known.
 
     Returns:
       The report, as JSON holds it; `equal` says how it ended.
     """
     straight, killed = root / "straight", root / "killed"
     runs = Chaos(root, arguments, seed)
-    runs.finish(root / "warmup")  # Imports in the server, programs in the cache.
+    if warm_up:
+        runs.finish(root / "warmup")
     first, seconds = runs.finish(straight)
     print(f"without interruption: {seconds:.1f} s, {first:.1f} s to start", flush=True)
     planned, damaged = plan(kills, steps, every, damages)
