@@ -22,7 +22,7 @@ from dydilit_jax.config import Config
 from dydilit_jax.data.pipeline import BatchIterator, make_batches
 from dydilit_jax.data.sources import Source, load_source
 from dydilit_jax.errors import UserError
-from dydilit_jax.training.agreement import raised_together
+from dydilit_jax.training.agreement import common_text, raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.evaluation import Evaluation
 from dydilit_jax.training.guard import WATCHED, not_finite
@@ -218,8 +218,9 @@ class Run:
 
     def save(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
         """Starts saving a checkpoint."""
-        if self.lock is not None:
-            self.lock.check()
+        with raised_together():
+            if self.lock is not None:
+                self.lock.check()
         self.progress.pause()
         data = {"position": position, "recovery": self.recovery.to_json()}
         self.checkpointer.save(state, data, scheduled)
@@ -236,7 +237,8 @@ class Run:
                 time.sleep(RETRY_SECONDS)
             self.save(state, position, scheduled)
             self.checkpointer.wait()
-            if self.checkpointer.failed_step is None:
+            failed = self.checkpointer.failed_step is not None
+            if common_text("failed" if failed else None) is None:
                 return
         saved = self.checkpointer.latest_step()
         raise UserError(
