@@ -177,9 +177,9 @@ def test_the_newest_that_a_rollback_may_return_to_is_kept(tmp_path, abstract):
     checkpointer.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "27"]
     assert int(Checkpointer(tmp_path).restore(abstract)[0].step) == 27
-    scheduled = Checkpointer(tmp_path).resume(abstract, scheduled=True)
-    assert scheduled is not None
-    assert int(scheduled[0].step) == 20
+    restored = Checkpointer(tmp_path).resume(abstract, scheduled=True)
+    assert restored is not None
+    assert int(restored[0].step) == 20
 
 
 def test_a_checkpoint_of_another_model_is_one_line(workdir):

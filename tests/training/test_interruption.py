@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_on_other_devices_losses_are_the_same_to_rounding_and_batches_to_the_bit
         train={"steps": 6},
     )
     losses, parameters, given = {}, {}, {}
-    moves = {
+    moves: dict[str, list[tuple[Any, int | None]]] = {
         "straight": [(mesh_of(8), None)],
         "moved": [(mesh_of(8), 2), (mesh_of(4), 4), (mesh_of(2, 4), None)],
     }
