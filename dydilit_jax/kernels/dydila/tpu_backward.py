@@ -46,7 +46,8 @@ from dydilit_jax.kernels.dydila.tpu_forward import head_denominator
 
 def outer(plan: Plan, rows: jax.Array, row: jax.Array) -> jax.Array:
     """Channels times tokens: the sum (d,) of rows (8, d) with a row (1, block), (d, block)."""
-    return dot(rows.astype(jnp.float32), jnp.broadcast_to(row, (SUBLANES, plan.block)), CONTRACT_ROWS)
+    row = jnp.broadcast_to(row, (SUBLANES, plan.block))
+    return dot(rows, row, CONTRACT_ROWS, dtype=plan.dtype)
 
 
 def query_step(plan: Plan, refs: Refs, step: jax.Array) -> None:
@@ -193,7 +194,8 @@ def side_gradients(
         refs[f"{side}_router_gradient"][0, index, chunk] += dot(
             logits_gradient, phi, CONTRACT_LANES, dtype=plan.dtype
         )
-        return dot(refs[f"{side}_router"][index, chunk], logits_gradient, CONTRACT_ROWS)
+        rows = refs[f"{side}_router_rows"][index, chunk][: plan.choices]
+        return dot(rows, logits_gradient, CONTRACT_ROWS, dtype=plan.dtype)
 
     def base_gradient(head: Any, part: int) -> jax.Array:
         gradient = refs["difference_gradient"][head, channels(plan, part), :]

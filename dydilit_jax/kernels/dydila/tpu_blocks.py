@@ -9,6 +9,7 @@ chunks of channels that fit in registers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,38 @@ def split_rows(row: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(index < 3, parts, 0.0).astype(dtype)
 
 
+def router_rows(router: jax.Array, dtype: Any) -> jax.Array:
+    """A router (..., n, c) float32 as rows that `router_product` takes.
+
+    For bfloat16, n rows rounded and n rows of what rounding lost, each padded to whole registers.
+    """
+    if dtype == jnp.float32:
+        return router
+    choices = router.shape[-2]
+    padding = [(0, 0)] * router.ndim
+    padding[-2] = (0, pl.cdiv(choices, SUBLANES) * SUBLANES - choices)
+    router = jnp.pad(router, padding)
+    high = router.astype(dtype)
+    # Behind a barrier, or XLA takes the rounding and widening for nothing.
+    low = router - lax.optimization_barrier(high).astype(jnp.float32)
+    return jnp.concatenate([high, low.astype(dtype)], axis=-2)
+
+
+def router_product(plan: Plan, rows: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logits (n, block) of tokens (c, block) float32: three bfloat16 products make it nearly exact.
+
+    One rounded product would now and then choose another lambda than float32 does.
+    """
+    if plan.dtype == jnp.float32:
+        return dot(rows, tokens)
+    high = tokens.astype(plan.dtype)
+    low = tokens - high.astype(jnp.float32)
+    half = rows.shape[0] // 2
+    both = dot(rows, high, dtype=plan.dtype)
+    logits = both[:half] + both[half:] + dot(rows[:half], low, dtype=plan.dtype)
+    return logits[: plan.choices]
+
+
 def fold(x: jax.Array) -> jax.Array:
     """Sums over channels (c, n) into (8, n), without moving anything between sublanes."""
     return jnp.sum(x.reshape(-1, SUBLANES, x.shape[-1]), axis=0)
@@ -224,45 +257,77 @@ class Measured:
         relu = jnp.maximum(load(self.plan, self.ref, head, part, self.valid), 0.0)
         return relu if self.exponent is None else relu + RELU_OFFSET
 
-    def prepare(self) -> None:
-        """Computes powers and norms."""
-        if self.exponent is None:
-            return
-        plan, exponent = self.plan, self.exponent
+    def prepare(self, router: Any = None) -> jax.Array | None:
+        """Computes powers and norms, and the product of phi with `router`, (n, block).
 
-        def group_norms(group: Any) -> None:
+        `router` refers to rows by chunk, (D / c, rows, c); see `router_rows`.
+        """
+        if self.exponent is None:
+            return None if router is None else self._relu_logits(router)
+        plan, exponent = self.plan, self.exponent * (1.0 / math.log(2.0))
+
+        def group_norms(group: Any) -> jax.Array | None:
             zeros = jnp.zeros((SUBLANES, plan.block), jnp.float32)
 
             def largest(carry: jax.Array, head: Any, part: int) -> jax.Array:
-                return jnp.maximum(carry, fold_max(self.positive(head, part)))
+                return jnp.maximum(carry, fold_max(load(plan, self.ref, head, part, self.valid)))
 
-            scale = jnp.max(over_chunks(plan, group, zeros, largest), axis=0, keepdims=True)
+            top = jnp.max(over_chunks(plan, group, zeros, largest), axis=0, keepdims=True)
+            scale = top + RELU_OFFSET
             inverse_scale = 1.0 / scale
 
-            def squares(carry: Any, head: Any, part: int) -> Any:
+            def powers(carry: Any, head: Any, part: int) -> Any:
                 unit = self.positive(head, part) * inverse_scale
-                power = jnp.exp(exponent * jnp.log(unit))
+                power = jnp.exp2(exponent * jnp.log(unit))
                 self.power[head, channels(plan, part), :] = power
-                return carry[0] + fold(unit * unit), carry[1] + fold(power * power)
+                units, squares, logits = carry
+                if router is not None:
+                    logits += router_product(plan, router[head * plan.chunks + part], power)
+                return units + fold(unit * unit), squares + fold(power * power), logits
 
-            units, powers = over_chunks(plan, group, (zeros, zeros), squares)
-            units, powers = total(units), total(powers)
-            self.stats[group, 0:1, :] = jnp.sqrt(units / powers) * scale
+            logits = None if router is None else jnp.zeros((plan.choices, plan.block), jnp.float32)
+            units, squares, logits = over_chunks(plan, group, (zeros, zeros, logits), powers)
+            units, squares = total(units), total(squares)
+            factor = jnp.sqrt(units / squares) * scale
+            self.stats[group, 0:1, :] = factor
             self.stats[group, 1:2, :] = inverse_scale
             self.stats[group, 2:3, :] = 1.0 / units
-            self.stats[group, 3:4, :] = 1.0 / powers
+            self.stats[group, 3:4, :] = 1.0 / squares
+            return None if logits is None else logits * factor
 
-        for_groups(plan, group_norms)
+        if plan.groups == 1:
+            return group_norms(0)
+        if router is None:
+            for_groups(plan, lambda group: group_norms(group))
+            return None
+        zeros = jnp.zeros((plan.choices, plan.block), jnp.float32)
+        return lax.fori_loop(0, plan.groups, lambda g, carry: carry + group_norms(g), zeros)
+
+    def _relu_logits(self, router: Any) -> jax.Array:
+        """The product of relu(z) with the router, (n, block)."""
+        plan = self.plan
+
+        def accumulate(carry: jax.Array, head: Any) -> jax.Array:
+            for part in range(plan.chunks):
+                rows = router[head * plan.chunks + part]
+                carry += router_product(plan, rows, self.positive(head, part))
+            return carry
+
+        return over_heads(plan, jnp.zeros((plan.choices, plan.block), jnp.float32), accumulate)
 
     def stat(self, head: Any, row: int) -> jax.Array:
         """A row (1, block) of the statistics of the group that `head` belongs to."""
         return self.stats[head if self.plan.groups > 1 else 0, row : row + 1, :]
 
-    def phi(self, head: Any, part: int) -> jax.Array:
-        """phi of a chunk, (c, block) float32, once `prepare` has run."""
+    def phi(self, head: Any, part: int, times: jax.Array | None = None) -> jax.Array:
+        """phi of a chunk, (c, block) float32, once `prepare` has run; times a row (1, block)."""
         if self.exponent is None:
-            return self.positive(head, part)
-        return self.power[head, channels(self.plan, part), :] * self.stat(head, 0)
+            positive = self.positive(head, part)
+            return positive if times is None else positive * times
+        factor = self.stat(head, 0)
+        if times is not None:
+            factor = factor * times
+        return self.power[head, channels(self.plan, part), :] * factor
 
 
 class Choice:
@@ -311,25 +376,16 @@ def features(
     plan: Plan, refs: Refs, side: str, valid: jax.Array | None
 ) -> tuple[Measured, Measured | None, jax.Array | None]:
     """phi of a side's tensors, prepared, and its lambda routers' logits (n, block)."""
+    router = refs[f"{side}_router_rows"] if plan.routed else None
     base = Measured(plan, refs, side, 0, valid)
-    base.prepare()
+    logits = base.prepare(None if router is None else router.at[0])
     if not plan.differential:
         return base, None, None
     redundant = Measured(plan, refs, f"{side}_redundant", 1, valid)
-    redundant.prepare()
-    if not plan.routed:
+    more = redundant.prepare(None if router is None else router.at[1])
+    if logits is None or more is None:
         return base, redundant, None
-    router = refs[f"{side}_router"]
-    zeros = jnp.zeros((plan.choices, plan.block), jnp.float32)
-
-    def accumulate(carry: jax.Array, head: Any) -> jax.Array:
-        for part in range(plan.chunks):
-            chunk = head * plan.chunks + part
-            carry += dot(router[0, chunk], base.phi(head, part))
-            carry += dot(router[1, chunk], redundant.phi(head, part))
-        return carry
-
-    logits = over_heads(plan, zeros, accumulate)
+    logits = logits + more
     if plan.noisy:
         logits += masked(refs[f"{side}_noise"][0], valid)
     return base, redundant, logits
@@ -347,7 +403,7 @@ def head_features(
         phi = base.phi(head, part)
         bases.append(phi.astype(plan.dtype))
         if redundant is not None:
-            phi = phi - value * redundant.phi(head, part)
+            phi = phi - redundant.phi(head, part, value)
         differences.append(phi.astype(plan.dtype))
     if plan.chunks == 1:
         return differences[0], bases[0]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from dydilit_jax.kernels.dydila import tpu_backward, tpu_forward
-from dydilit_jax.kernels.dydila.tpu_blocks import SUBLANES, Plan, split_rows
+from dydilit_jax.kernels.dydila.tpu_blocks import SUBLANES, Plan, router_rows, split_rows
 from dydilit_jax.kernels.dydila.tpu_launch import Call, Layout, Spec, launch, vmem_bytes
 
 Arrays = dict[str, jax.Array]
@@ -33,11 +33,23 @@ def _side_inputs(plan: Plan, layout: Layout, side: str, phase: int) -> dict[str,
     if plan.measured:
         specs[f"{side}_exponents"] = layout.rows(phase, len(tensors))
     if plan.routed:
-        router = (2, plan.heads * plan.chunks, plan.choices, plan.chunk)
-        specs[f"{side}_router"] = layout.whole(*router)
+        specs[f"{side}_router_rows"] = layout.whole(*_router_rows_shape(plan), dtype=plan.dtype)
     if plan.noisy:
         specs[f"{side}_noise"] = layout.rows(phase, plan.choices)
     return specs
+
+
+def _router_rows_shape(plan: Plan) -> tuple[int, ...]:
+    router = (2, plan.heads * plan.chunks, plan.choices, plan.chunk)
+    rounded = jax.ShapeDtypeStruct(router, jnp.float32)
+    return jax.eval_shape(lambda r: router_rows(r, plan.dtype), rounded).shape
+
+
+def _with_router_rows(plan: Plan, arrays: Arrays) -> Arrays:
+    if not plan.routed:
+        return arrays
+    sides = ("query_router", "key_router")
+    return arrays | {f"{side}_rows": router_rows(arrays[side], plan.dtype) for side in sides}
 
 
 def _bank(plan: Plan, layout: Layout) -> dict[str, Spec]:
@@ -134,6 +146,7 @@ def forward(
     plan: Plan, arrays: Arrays, *, save: bool, sequence_axis: str | None
 ) -> tuple[Arrays, Arrays]:
     """Output, denominator and logits by name; and, with `save`, what the backward pass reads."""
+    arrays = _with_router_rows(plan, arrays)
     if sequence_axis is None:
         call = forward_call(plan, save=save)
         results = launch("dydila_forward", call, tpu_forward.fused_body, arrays)
@@ -237,6 +250,7 @@ def backward(plan: Plan, arrays: Arrays, *, sequence_axis: str | None) -> Arrays
     Returns:
       `<input>_gradient`; those of bank and routers with a leading axis of cores to sum over.
     """
+    arrays = _with_router_rows(plan, arrays)
     arrays = arrays | {"state_mean_transposed": arrays["state_mean"].swapaxes(-1, -2)}
     if sequence_axis is None:
         return launch("dydila_backward", backward_call(plan), tpu_backward.fused_body, arrays)

@@ -97,11 +97,11 @@ class Layout:
             pl.BlockSpec((1, *shape), lambda c, b, p, i: (c, *zeros)),
         )
 
-    def whole(self, *shape: int) -> Spec:
-        """A small float32 array, all of it."""
+    def whole(self, *shape: int, dtype: Any = jnp.float32) -> Spec:
+        """A small array, all of it."""
         zeros = (0,) * len(shape)
         return (
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, dtype),
             pl.BlockSpec(shape, lambda c, b, p, i: zeros),
         )
 
