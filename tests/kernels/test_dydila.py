@@ -71,9 +71,7 @@ def make(case: Case, dtype: Any = jnp.float32, seed: int = 0) -> CoreInputs:
             for _ in range(2)
         ]
         lambdas = Lambdas(bank, *routers) if case.routed else Lambdas(jnp.float32(0.4))
-        inputs = inputs._replace(
-            query_redundant=tensor(), key_redundant=tensor(), lambdas=lambdas
-        )
+        inputs = inputs._replace(query_redundant=tensor(), key_redundant=tensor(), lambdas=lambdas)
     if case.noise:
         inputs = inputs._replace(noise_key=jax.random.key(3))
     return inputs
@@ -356,7 +354,7 @@ def test_a_sequence_that_the_mesh_does_not_divide():
 
 
 def test_a_backend_of_another_platform():
-    with pytest.raises(UserError, match="it is for tpu, this program is traced for cpu"):
+    with pytest.raises(UserError, match="it is for tpu, this program is for cpu"):
         dydila_core(make(BASE), CoreOptions(heads=2), implementation="pallas_tpu")
 
 

@@ -1,15 +1,16 @@
 """The DyDiLA attention core: one operation, several implementations.
 
-A backend is a module with two functions of (inputs, options, sharding): `unsupported`, which says in
-a line why it cannot run these inputs, and `attention`, which runs them.
+A backend is a module with two functions of (inputs, options, sharding): `unsupported`, which says
+in a line why it cannot run these inputs, and `attention`, which runs them. It is imported when its
+platform is the target, so that Pallas is not where it is of no use.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from typing import Protocol, cast
 
 from dydilit_jax.errors import UserError, unknown_name
-from dydilit_jax.kernels.dydila import pallas_tpu
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, check_inputs
 from dydilit_jax.kernels.dydila.reference import explicit_attention
 from dydilit_jax.kernels.dydila.sharding import (
@@ -36,7 +37,8 @@ class Backend(Protocol):
 
 
 PLAIN = {"xla": linear_attention, "reference": explicit_attention}
-BACKENDS: dict[str, tuple[str, Backend]] = {"pallas_tpu": ("tpu", pallas_tpu)}
+# Platform and module of each backend.
+BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.dydila.pallas_tpu")}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest tokens of a sequence from which a backend is chosen unasked. Not measured on a device.
@@ -74,13 +76,20 @@ def dydila_core(
         return PLAIN[name](inputs, options)
     if name not in BACKENDS:
         raise unknown_name("implementation", name, IMPLEMENTATIONS)
-    platform, backend = BACKENDS[name]
-    reason = backend.unsupported(inputs, options, sharding)
+    platform, module = BACKENDS[name]
     if target().platform != platform:
-        reason = f"it is for {platform}, this program is traced for {target().platform}"
+        reason: str | None = f"it is for {platform}, this program is for {target().platform}"
+    else:
+        backend = load_backend(module)
+        reason = backend.unsupported(inputs, options, sharding)
     if reason is not None:
         raise UserError(f"implementation {name!r} cannot run: {reason}")
     return backend.attention(inputs, options, sharding)
+
+
+def load_backend(module: str) -> Backend:
+    """The backend of this module name."""
+    return cast(Backend, importlib.import_module(module))
 
 
 def default_implementation(
@@ -88,17 +97,17 @@ def default_implementation(
 ) -> str:
     """The name that `implementation=None` stands for.
 
-    A backend of the target platform, unless it cannot run, or sequences are so short that XLA is the
-    better choice (N < d makes the linear order the longer one), or several devices are there and no
-    mesh says how the arrays lie on them.
+    A backend of the target platform, unless it cannot run, or sequences are so short that XLA is
+    the better choice (N < d makes the linear order the longer one), or several devices are there
+    and no mesh says how the arrays lie on them.
     """
     tokens, width = inputs.query.shape[1:]
-    for name, (platform, backend) in BACKENDS.items():
+    for name, (platform, module) in BACKENDS.items():
         if (
             platform == target().platform
             and tokens >= max(FEWEST_TOKENS[name], width // options.heads)
             and placement_known(sharding)
-            and backend.unsupported(inputs, options, sharding) is None
+            and load_backend(module).unsupported(inputs, options, sharding) is None
         ):
             return name
     return "xla"

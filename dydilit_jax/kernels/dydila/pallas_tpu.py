@@ -45,8 +45,8 @@ def unsupported(
         return f"activations must all be bfloat16 or all float32, got {names}"
     if head_width % 8 or (head_width > 96 and not _chunked(head_width)):
         return (
-            f"head width {head_width}: must be a multiple of 8 up to 96, or have a divisor of up to "
-            "96 that is a multiple of 16"
+            f"head width {head_width}: must be a multiple of 8 up to 96, or have a divisor of up "
+            "to 96 that is a multiple of 16"
         )
     if inputs.rotation is not None:
         return "rotary position is not built in: use position='sincos' or implementation='xla'"
@@ -95,16 +95,12 @@ def _plan(
         groups=options.heads if options.norm_scope == "head" else 1,
         measured=inputs.exponents is not None,
         choices=choices,
-        noisy=choices > 1
-        and options.router_training == "gumbel"
-        and inputs.noise_key is not None,
+        noisy=choices > 1 and options.router_training == "gumbel" and inputs.noise_key is not None,
         dtype=inputs.query.dtype,
     )
 
 
-def _block(
-    inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None
-) -> int | None:
+def _block(inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None) -> int | None:
     """Tokens of a block: the largest of BLOCKS with which both directions fit in VMEM.
 
     A block that leaves the last one less than half full is passed over for a smaller one.

@@ -23,16 +23,13 @@ from dydilit_jax.kernels.dydila.tpu_blocks import (
     CONTRACT_LANES,
     CONTRACT_ROWS,
     SUBLANES,
-    Choice,
-    Measured,
     Plan,
     Refs,
     channels,
     dot,
-    features,
     fold,
     for_groups,
-    head_features,
+    load,
     load_head,
     masked,
     over_chunks,
@@ -41,6 +38,7 @@ from dydilit_jax.kernels.dydila.tpu_blocks import (
     total,
     valid_row,
 )
+from dydilit_jax.kernels.dydila.tpu_features import Choice, Measured, features, head_features
 from dydilit_jax.kernels.dydila.tpu_forward import head_denominator
 
 
@@ -93,9 +91,7 @@ def query_step(plan: Plan, refs: Refs, step: jax.Array) -> None:
     side_gradients(plan, refs, "query", base, redundant, choice, value_gradient, mean_key, valid)
 
 
-def _rms_gradient(
-    plan: Plan, state: jax.Array, query: jax.Array, gradient: jax.Array
-) -> jax.Array:
+def _rms_gradient(plan: Plan, state: jax.Array, query: jax.Array, gradient: jax.Array) -> jax.Array:
     """Gradient of the numerator from that of its division by its own root mean square."""
     numerator = dot(state, query, dtype=plan.dtype)
     mean_square = jnp.mean(numerator * numerator, axis=0, keepdims=True)
@@ -176,8 +172,8 @@ def side_gradients(
 ) -> None:
     """From the gradients of a side's difference and lambdas to those of its inputs.
 
-    Reads `difference_gradient`; phi's gradient has `base_weight` times `base_rows` added where there
-    are any. Adds to the gradients of the bank and of the side's router.
+    Reads `difference_gradient`; phi's gradient has `base_weight` times `base_rows` added where
+    there are any. Adds to the gradients of the bank and of the side's router.
     """
     logits_gradient = None
     if choice is not None:
@@ -244,7 +240,7 @@ def measure_gradient(
     output = refs[f"{name}_gradient"]
 
     def write(head: Any, part: int, dz: jax.Array) -> None:
-        positive = load(plan, measured, head, part) > 0.0
+        positive = load(plan, measured.ref, head, part, None) > 0.0
         output[0, head, channels(plan, part), :] = jnp.where(positive, dz, 0.0).astype(plan.dtype)
 
     if measured.exponent is None:
@@ -293,11 +289,6 @@ def measure_gradient(
         for_groups(plan, add)
         exponents = refs["exponent_sum"][...]
     refs[f"{side}_exponents_gradient"][0, row : row + 1, :] = total(exponents)
-
-
-def load(plan: Plan, measured: Measured, head: Any, part: int) -> jax.Array:
-    """A chunk of the measured tensor, as float32."""
-    return measured.ref[0, head, channels(plan, part), :].astype(jnp.float32)
 
 
 def clear_parameter_gradients(plan: Plan, refs: Refs, sides: tuple[str, ...]) -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from dydilit_jax.kernels.dydila import tpu_backward, tpu_forward
-from dydilit_jax.kernels.dydila.tpu_blocks import SUBLANES, Plan, router_rows, split_rows
+from dydilit_jax.kernels.dydila.tpu_blocks import SUBLANES, Plan, split_rows
+from dydilit_jax.kernels.dydila.tpu_features import router_rows
 from dydilit_jax.kernels.dydila.tpu_launch import Call, Layout, Spec, launch, vmem_bytes
 
 Arrays = dict[str, jax.Array]

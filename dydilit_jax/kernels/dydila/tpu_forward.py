@@ -17,12 +17,9 @@ from jax.experimental import pallas as pl
 
 from dydilit_jax.kernels.dydila.tpu_blocks import (
     CONTRACT_LANES,
-    Choice,
     Plan,
     Refs,
     dot,
-    features,
-    head_features,
     load_head,
     masked,
     over_heads,
@@ -30,6 +27,7 @@ from dydilit_jax.kernels.dydila.tpu_blocks import (
     total,
     valid_row,
 )
+from dydilit_jax.kernels.dydila.tpu_features import Choice, features, head_features
 
 
 def state_step(plan: Plan, refs: Refs, step: jax.Array) -> None:
@@ -149,4 +147,3 @@ def apply_body(plan: Plan, refs: Refs) -> None:
     if plan.divides:
         views["mean_key"] = refs["key_mean"].at[0]
     apply_step(plan, views, pl.program_id(3))
-
