@@ -41,8 +41,11 @@ PLAIN = {"xla": linear_attention, "reference": explicit_attention}
 BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.dydila.pallas_tpu")}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
-# Fewest tokens of a sequence from which a backend is chosen unasked. Not measured on a device.
+# Fewest tokens of a sequence from which a backend is chosen unasked; and, as a multiple of the head
+# width, where the state (d / N activations written and read again) stops being small. Counted in
+# bytes, not measured on a device.
 FEWEST_TOKENS = {"pallas_tpu": 128}
+FEWEST_TOKENS_OF_HEAD_WIDTH = 0.5
 
 
 def dydila_core(
@@ -98,14 +101,14 @@ def default_implementation(
     """The name that `implementation=None` stands for.
 
     A backend of the target platform, unless it cannot run, or sequences are so short that XLA is
-    the better choice (N < d makes the linear order the longer one), or several devices are there
-    and no mesh says how the arrays lie on them.
+    the better choice, or several devices are there and no mesh says how the arrays lie on them.
     """
     tokens, width = inputs.query.shape[1:]
     for name, (platform, module) in BACKENDS.items():
         if (
             platform == target().platform
-            and tokens >= max(FEWEST_TOKENS[name], width // options.heads)
+            and tokens >= FEWEST_TOKENS[name]
+            and tokens >= FEWEST_TOKENS_OF_HEAD_WIDTH * (width // options.heads)
             and placement_known(sharding)
             and load_backend(module).unsupported(inputs, options, sharding) is None
         ):
