@@ -29,7 +29,6 @@ from dydilit_jax.kernels.grouped_projection import tpu_kernels
 from dydilit_jax.kernels.grouped_projection.tpu_kernels import LANES, TILE, columns_shape
 from dydilit_jax.kernels.platform import target
 
-PLATFORM = "tpu"
 DTYPES = ("bfloat16", "float32")
 MIB = 2**20
 # Of the 64 MiB of VMEM that a core of v5p and TPU7x has (v5e, v6e: 128).
@@ -54,7 +53,7 @@ class Plan(NamedTuple):
 
 
 def unsupported(x: jax.Array, bank: jax.Array) -> str | None:
-    """Say why these kernels cannot run for tokens x (..., D) and a bank (n, D, E); None if they can."""
+    """Say why these kernels cannot run for x (..., D) and bank (n, D, E); None if they can."""
     n, D, E = bank.shape
     if x.dtype not in DTYPES:
         return f"tokens of {x.dtype}: it runs for {' and '.join(DTYPES)}"
@@ -70,10 +69,8 @@ def unsupported(x: jax.Array, bank: jax.Array) -> str | None:
     return None
 
 
-def projection(
-    x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array
-) -> jax.Array:
-    """Equation (1) for x (T, D), bank (n, D, E), weights (T, n), index (T,): (T, E) in `x.dtype`."""
+def projection(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+    """Equation (1); arguments and results as `xla.blocks`."""
     return _routed_product(x, bank.astype(x.dtype), _routed_weight(weights, index), index)[0]
 
 
@@ -123,7 +120,18 @@ def _routed_product(
     index: jax.Array,
     other: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """y (T, E) = w_i x_i W_u; with `other` (T, D): y (T, D) = w_i x_i W_u^T, other_i . (x_i W_u^T)."""
+    """Launch `tpu_kernels.routed_product`.
+
+    Args:
+      x: (T, D) tokens; with `other`, (T, E).
+      bank: (n, D, E) in `x.dtype`.
+      weight: (T,), of the routed bank.
+      index: (T,), the routed bank.
+      other: (T, D), or None.
+
+    Returns:
+      [w_i x_i W_u (T, E)], or with `other` [w_i x_i W_u^T (T, D), other_i . (x_i W_u^T) (T,)].
+    """
     T, width = x.shape
     n, D, E = bank.shape
     result_width = E if other is None else D
@@ -266,7 +274,7 @@ def _launch(
         out_shape=[shape for shape, _ in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary")[: len(grid)],
+            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
             vmem_limit_bytes=VMEM_BUDGET + VMEM_RESERVE,
         ),
         interpret=target().interpret,

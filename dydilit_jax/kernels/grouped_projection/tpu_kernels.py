@@ -1,12 +1,13 @@
 """Bodies of the grouped projection's TPU kernels; pallas_tpu.py launches them.
 
-A program holds a block of R consecutive tokens in VMEM. Its rows are brought into the order of their
-banks, multiplied 128 at a time by the bank (or at a boundary, the banks) they belong to, and brought
-back. Rows move inside VMEM only: one at a time, by strided loads and stores.
+A program holds a block of R consecutive tokens in VMEM. Its rows are brought into the order of
+their banks, multiplied 128 at a time by the bank (or at a boundary, the banks) they belong to, and
+brought back. Rows move inside VMEM only: one at a time, by strided loads and stores.
 
-A block is stored for that as *columns*: 32-bit, 128 lanes wide, column c of row r at `c * (R + 1) + r`.
-A row is then every (R + 1)-th line, and since R + 1 is odd its lines lie in different memory banks:
-one instruction moves eight of them. (With the even stride R the compiler emits one for each line.)
+A block is stored for that as *columns*: float32, 128 lanes wide, column c of row r at line
+c (R + 1) + r. A row is then every (R + 1)-th line, and since R + 1 is odd its lines lie in
+different memory banks: one instruction moves eight of them. (With an even stride the compiler emits
+one instruction for each line.)
 """
 
 from __future__ import annotations
@@ -206,9 +207,7 @@ def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     )
 
 
-def for_each_product(
-    start: Ref, banks: int, body: Callable[[jax.Array, jax.Array], None]
-) -> None:
+def for_each_product(start: Ref, banks: int, body: Callable[[jax.Array, jax.Array], None]) -> None:
     """Calls `body(bank, tile)` for every bank and every tile of sorted rows that has its tokens."""
 
     def of_bank(j: jax.Array, _: None) -> None:
@@ -261,7 +260,9 @@ def write_columns(
         scale = None if weight is None else to_column(weight[0, :, here])
         for c in range(width // LANES):
             value = block[here, c * LANES : (c + 1) * LANES].astype(jnp.float32)
-            columns[pl.ds(c * (rows + 1) + row, TILE), :] = value if scale is None else scale * value
+            columns[pl.ds(c * (rows + 1) + row, TILE), :] = (
+                value if scale is None else scale * value
+            )
 
 
 def column_list(columns: Ref, row: jax.Array, rows: int, width: int) -> list[jax.Array]:
