@@ -266,6 +266,7 @@ def _launch(
     scratch: list[Any],
 ) -> list[jax.Array]:
     """Run a kernel on a grid whose first axis may be split over a chip's cores."""
+    semantics: tuple[Any, ...] = ("parallel", "arbitrary")[: len(grid)]
     return pl.pallas_call(
         body,
         grid=grid,
@@ -274,7 +275,7 @@ def _launch(
         out_shape=[shape for shape, _ in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
+            dimension_semantics=semantics,
             vmem_limit_bytes=VMEM_BUDGET + VMEM_RESERVE,
         ),
         interpret=target().interpret,

@@ -165,7 +165,7 @@ def bank_gradient(
     core, block = pl.program_id(0), pl.program_id(1)
 
     @pl.when(block == 0)
-    def _() -> None:
+    def clear() -> None:
         total[...] = jnp.zeros(total.shape, total.dtype)
 
     write_columns(unsorted, x, rows, width)
@@ -191,7 +191,7 @@ def bank_gradient(
     for_each_product(start, total.shape[0], multiply)
 
     @pl.when(block == pl.num_programs(1) - 1)
-    def _() -> None:
+    def write() -> None:
         pltpu.sync_copy(total, dbank.at[core])
 
 
