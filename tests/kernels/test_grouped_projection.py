@@ -330,7 +330,7 @@ def test_tpu_kernels(tpu, tokens, dtype, straight_through, routing):
     assert_as_exact_as_dense(case, straight_through)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(
     tokens=st.integers(1, 200),
     banks=st.integers(1, 5),
@@ -344,24 +344,24 @@ def test_tpu_kernels_of_any_shape(tokens, banks, widths, straight_through):
         assert_as_exact_as_dense(Case("float32", banks, tokens, widths=widths), straight_through)
 
 
-def test_tpu_kernels_have_no_races_and_repeat_bitwise(tpu, capfd):
+def test_tpu_kernels_repeat_bitwise(tpu):
+    case = Case("float32", 3, 7, widths=(256, 128))
+    first, second = (case.computed(False, "pallas_tpu") for _ in range(2))
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value)
+
+
+def test_tpu_kernels_have_no_races(tpu, capfd):
     """On two cores, in memory that is NaN before it is written."""
     case = Case("float32", 3, 130, widths=(128, 128))
     inputs = (case.x, case.bank, case.weights, case.index)
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     with tracing_for("tpu", interpret=interpret):
-        y = jax.jit(pallas_tpu.projection)
-        gradient = jax.jit(pallas_tpu.gradient, static_argnums=5)
-        first, second = (
-            (y(*inputs), *gradient(*inputs, case.dy, True), *gradient(*inputs, case.dy, False))
-            for _ in range(2)
-        )
+        y = jax.jit(pallas_tpu.projection)(*inputs)
+        gradients = jax.jit(pallas_tpu.gradient, static_argnums=5)(*inputs, case.dy, True)
     assert "RACE" not in capfd.readouterr().out
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one, other)
-    for straight_through, part in ((True, first[:4]), (False, (first[0], *first[4:]))):
-        named = dict(zip(("y", "dx", "dbank", "dweights"), part, strict=True))
-        assert_close(named, case.expected(straight_through), "float32")
+    named = dict(zip(("y", "dx", "dbank", "dweights"), (y, *gradients), strict=True))
+    assert_close(named, case.expected(True), "float32")
 
 
 @pytest.mark.parametrize("ambient", [True, False])
