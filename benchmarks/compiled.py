@@ -132,7 +132,7 @@ def projection(straight_through: bool, implementation: str) -> tuple[Operation, 
         )
 
     def gradients(x: Any, bank: Any, weights: Any, index: Any, dy: Any) -> Any:
-        return jax.vjp(lambda *inputs: project(*inputs, index), x, bank, weights)[1](dy)
+        return jax.vjp(lambda x, bank, w: project(x, bank, w, index), x, bank, weights)[1](dy)
 
     return project, gradients
 
