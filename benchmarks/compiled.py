@@ -118,7 +118,7 @@ def _shape_bytes(text: str) -> int:
     )
 
 
-def projection(straight_through: bool, implementation: str) -> tuple[Operation, Operation]:
+def projection(straight_through: bool, implementation: str | None) -> tuple[Operation, Operation]:
     """The projection of (x, bank, weights, index), and its gradients of (..., dy)."""
 
     def project(x: Any, bank: Any, weights: Any, index: Any) -> Any:
@@ -137,7 +137,7 @@ def projection(straight_through: bool, implementation: str) -> tuple[Operation, 
     return project, gradients
 
 
-def depthwise(implementation: str) -> tuple[Operation, Operation]:
+def depthwise(implementation: str | None) -> tuple[Operation, Operation]:
     """The convolution of (x, kernel, bias), and its gradients of (..., dy)."""
     convolve = partial(depthwise_conv, implementation=implementation)
 

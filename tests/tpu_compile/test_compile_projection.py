@@ -4,8 +4,13 @@ What the compiler makes of them is looked at: the kernels and nothing else of th
 the bytes they move, and that they fit into the memory of every chip.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: make test-tpu-compile")
 
@@ -15,7 +20,9 @@ from benchmarks.compiled import (
     depthwise_shapes,
     projection,
     projection_shapes,
+    read_program,
 )
+from dydilit_jax.kernels.platform import tracing_for
 
 CHIPS = ["v5e", "v5p", "v6e"]
 TOKENS, WIDTH, BANKS = 65_536, 1152, 3
@@ -97,3 +104,33 @@ def test_float32_compiles():
     ]
     assert compile_for("v5e", project, shapes[:-1]).kernels == ["grouped_projection"]
     assert len(compile_for("v5e", gradients, shapes).kernels) == 2
+
+
+def test_the_default_on_a_mesh_of_eight():
+    """Tokens split over batch and sequence, banks over fsdp: kernels on each device's own tokens."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    axes = ("data", "fsdp", "sequence")
+    devices: np.ndarray = np.array(topology.devices).reshape(2, 2, 2)
+    mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * 3)
+
+    def split(array, *partition):
+        sharding = NamedSharding(mesh, P(*partition))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    x, bank, weights, index, dy = (
+        s if len(s.shape) == 3 else s.update(shape=(16, 1024, *s.shape[1:]))
+        for s in projection_shapes(16_384, 384, 3)
+    )
+    batch = ("data", "fsdp")
+    tokens = [split(a, batch, "sequence") for a in (x, weights, index, dy)]
+    _, gradients = projection(True, None)
+    with jax.set_mesh(mesh), tracing_for("tpu"):
+        traced = jax.jit(lambda *a: gradients(*a)).trace(
+            tokens[0], split(bank, None, "fsdp"), *tokens[1:]
+        )
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    program = read_program(compiled)
+    assert sorted(program.kernels) == ["grouped_projection_dbank", "grouped_projection_dx"]
+    text = compiled.as_text()
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
+    assert "all-to-all" not in text
