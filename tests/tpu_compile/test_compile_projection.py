@@ -107,7 +107,7 @@ def test_float32_compiles():
 
 
 def test_the_default_on_a_mesh_of_eight():
-    """Tokens split over batch and sequence, banks over fsdp: kernels on each device's own tokens."""
+    """Tokens split over batch and sequence, banks over fsdp: each device runs its own tokens."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     axes = ("data", "fsdp", "sequence")
     devices: np.ndarray = np.array(topology.devices).reshape(2, 2, 2)
