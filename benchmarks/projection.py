@@ -161,8 +161,8 @@ def kernels_here(x: jax.Array, bank: jax.Array) -> list[str]:
     """Names of the backends that run these arguments on this platform."""
     return [
         name
-        for name, (platform, backend) in api.BACKENDS.items()
-        if platform == target().platform and backend.unsupported(x, bank) is None
+        for name, (platform, _) in api.BACKENDS.items()
+        if platform == target().platform and api.load_backend(name).unsupported(x, bank) is None
     ]
 
 

@@ -10,16 +10,16 @@ platform. A backend is a module with `unsupported`, which says in a line why it 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.errors import UserError, unknown_name
-from dydilit_jax.kernels.depthwise import pallas_tpu
 from dydilit_jax.kernels.depthwise.reference import convolution
 from dydilit_jax.kernels.depthwise.xla import shifted
 from dydilit_jax.kernels.dydila.sharding import (
@@ -48,7 +48,8 @@ class Backend(Protocol):
 
 
 PLAIN: dict[str, Convolution] = {"shifted": shifted, "convolution": convolution}
-BACKENDS: dict[str, tuple[str, Backend]] = {"pallas_tpu": ("tpu", pallas_tpu)}
+# Platform and module of each backend.
+BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.depthwise.pallas_tpu")}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest pixels of a device from which a backend is chosen unasked: where starting the kernel costs
@@ -101,6 +102,11 @@ def depthwise_conv(
     return _by_backend(x, kernel, bias, _Options(name, sharding))
 
 
+def load_backend(name: str) -> Backend:
+    """Import a backend: when it is used, so that Pallas is not where it is of no use."""
+    return cast(Backend, importlib.import_module(BACKENDS[name][1]))
+
+
 def _default(x: jax.Array, kernel: jax.Array, sharding: CoreSharding | None) -> str:
     """Return the implementation that None stands for."""
     pixels = x.shape[0] * x.shape[1] * x.shape[2] // (sharding.batch_size if sharding else 1)
@@ -118,12 +124,12 @@ def _unsupported(
     name: str, x: jax.Array, kernel: jax.Array, sharding: CoreSharding | None
 ) -> str | None:
     """Say why a backend cannot run these arguments here; None if it can."""
-    platform, backend = BACKENDS[name]
+    platform, _ = BACKENDS[name]
     if target().platform != platform:
         return f"it is for {platform}, this program is traced for {target().platform}"
     if sharding is not None and x.shape[0] % sharding.batch_size:
         return f"{x.shape[0]} images do not divide over {sharding.batch_size} devices"
-    return backend.unsupported(x, kernel)
+    return load_backend(name).unsupported(x, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +145,7 @@ def _by_backend(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None, options: _Options
 ) -> jax.Array:
     """`depthwise_conv` by a backend; on a mesh every device convolves its own images."""
-    run = BACKENDS[options.implementation][1].convolution
+    run = load_backend(options.implementation).convolution
     sharding = options.sharding
     if sharding is None:
         return run(x, kernel, bias)
@@ -159,7 +165,7 @@ def _backward(
     options: _Options, inputs: tuple[jax.Array, jax.Array, jax.Array | None], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     x, kernel, bias = inputs
-    run = BACKENDS[options.implementation][1].gradient
+    run = load_backend(options.implementation).gradient
     sharding = options.sharding
     batch = sharding.batch if sharding else ()
 

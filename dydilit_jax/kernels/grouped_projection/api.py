@@ -17,9 +17,10 @@ A backend is a module with `unsupported`, which says in a line why it cannot run
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from dydilit_jax.kernels.dydila.sharding import (
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.grouped_projection import pallas_tpu, reference, xla
+from dydilit_jax.kernels.grouped_projection import reference, xla
 from dydilit_jax.kernels.platform import target
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
@@ -63,7 +64,8 @@ class Backend(Protocol):
 
 
 PLAIN = ("dense", "blocks")
-BACKENDS: dict[str, tuple[str, Backend]] = {"pallas_tpu": ("tpu", pallas_tpu)}
+# Platform and module of each backend.
+BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.grouped_projection.pallas_tpu")}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest tokens of a device from which a backend is chosen unasked. pallas_tpu: where its schedule,
@@ -135,6 +137,11 @@ def grouped_projection(
     return _projection(x, bank, weights, index, options)
 
 
+def load_backend(name: str) -> Backend:
+    """Import a backend: when it is used, so that Pallas is not where it is of no use."""
+    return cast(Backend, importlib.import_module(BACKENDS[name][1]))
+
+
 def _default(x: jax.Array, bank: jax.Array, sharding: CoreSharding | None) -> str | None:
     """Return the implementation for None; None again to let the platform of the lowering decide.
 
@@ -165,7 +172,7 @@ def _unsupported(
     name: str, x: jax.Array, bank: jax.Array, sharding: CoreSharding | None
 ) -> str | None:
     """Say why a backend cannot run these arguments here; None if it can."""
-    platform, backend = BACKENDS[name]
+    platform, _ = BACKENDS[name]
     if target().platform != platform:
         return f"it is for {platform}, this program is traced for {target().platform}"
     if sharding is not None:
@@ -175,7 +182,7 @@ def _unsupported(
         for size, count in zip(x.shape[:-1], parts, strict=False):
             if size % count:
                 return f"tokens {x.shape} do not divide over {parts[: x.ndim - 1]} devices"
-    return backend.unsupported(x, bank)
+    return load_backend(name).unsupported(x, bank)
 
 
 def _check_arguments(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> None:
@@ -211,7 +218,7 @@ def _projection(
             case "blocks":
                 y = xla.blocks(*arguments)
             case name:
-                y = BACKENDS[name][1].projection(*arguments)
+                y = load_backend(name).projection(*arguments)
         return y.reshape(*x.shape[:-1], bank.shape[2])
 
     sharding = options.sharding
@@ -257,7 +264,7 @@ def _projection_backward(
             case "blocks":
                 gradients = blocks(*arguments)
             case name:
-                gradients = BACKENDS[name][1].gradient(*arguments, options.straight_through)
+                gradients = load_backend(name).gradient(*arguments, options.straight_through)
         dx, dbank, dweights = gradients
         if sharding is not None:
             dbank = lax.psum(dbank, _token_axes(x, sharding))

@@ -226,6 +226,7 @@ def _bank_gradient(
             pltpu.VMEM(columns_shape(rows, D), jnp.float32),
             pltpu.VMEM(columns_shape(rows, E), jnp.float32),
             pltpu.VMEM((n, D, E), jnp.float32),
+            pltpu.SemaphoreType.DMA(()),
         ],
     )
     return jnp.sum(total, axis=0)

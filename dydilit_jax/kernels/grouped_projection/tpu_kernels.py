@@ -147,6 +147,7 @@ def bank_gradient(
     sorted_x: Ref,
     sorted_dy: Ref,
     total: Ref,
+    done: Ref,
 ) -> None:
     """dW_j = sum over the tokens routed to j of w_i x_i^T dy_i.
 
@@ -159,6 +160,7 @@ def bank_gradient(
       dbank: (cores, n, D, E) float32 in HBM, written.
       unsorted, sorted_x, sorted_dy: scratch blocks of columns.
       total: (n, D, E) float32 scratch.
+      done: DMA semaphore.
     """
     rows, width = x.shape
     result_width = dy.shape[1]
@@ -192,7 +194,9 @@ def bank_gradient(
 
     @pl.when(block == pl.num_programs(1) - 1)
     def write() -> None:
-        pltpu.sync_copy(total, dbank.at[core])
+        copy = pltpu.make_async_copy(total, dbank.at[core], done)
+        copy.start()
+        copy.wait()
 
 
 def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
