@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.timing import alternating_medians, copy_bandwidth, hardware, report
 from dydilit_jax.kernels.grouped_projection import api
 from dydilit_jax.kernels.grouped_projection.api import grouped_projection
 from dydilit_jax.kernels.platform import target
 
 Projection = Callable[..., jax.Array]
-
-
-def alternating_medians(
-    functions: dict[str, Callable[..., Any]], arguments: Sequence[Any], repeats: int
-) -> dict[str, float]:
-    """Compile each function, then time them in turn; return the median seconds of each.
-
-    Args:
-      functions: functions of `arguments`, by the name of their row.
-      arguments: arrays on the device.
-      repeats: timed calls of each function.
-    """
-    compiled = {name: jax.jit(function) for name, function in functions.items()}
-    for function in compiled.values():
-        for _ in range(2):
-            jax.block_until_ready(function(*arguments))
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, function in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
-
-
-def copy_bandwidth(repeats: int, size: int = 2**26) -> float:
-    """Median bytes per second of negating an array of `size` bytes: read once, written once."""
-    array = jnp.ones(size // 4, jnp.float32)
-    return 2 * size / alternating_medians({"copy": jnp.negative}, [array], repeats)["copy"]
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -66,8 +37,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
       record: what `report` returned.
       path: image file; its suffix chooses the format.
     """
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -82,37 +56,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set(title=name, xlabel="ms")
     figure.suptitle(f"{record['title']}; {record['device']}", fontsize=10)
     figure.savefig(path, dpi=150)
-
-
-def report(title: str, columns: dict[str, dict[str, float]], unit: str) -> dict[str, Any]:
-    """Print a table of milliseconds and ratios, and return the same figures for a JSON file.
-
-    Args:
-      title: what was measured.
-      columns: for each pass, the median seconds by row.
-      unit: the row to which ratios are taken.
-    """
-    device = jax.devices()[0].device_kind
-    print(f"{title}; device {device}, JAX {jax.__version__}; ratios to {unit!r}")
-    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
-    width = max(len(row) for row in rows)
-    header = "".join(f"{f'{name}, ms':>24}{'ratio':>8}" for name in columns)
-    print(f"{'':<{width}}{header}")
-    for row in rows:
-        cells = ""
-        for column in columns.values():
-            if row in column:
-                cells += f"{1e3 * column[row]:24.3f}{column[row] / column[unit]:8.2f}"
-            else:
-                cells += f"{'-':>24}{'-':>8}"
-        print(f"{row:<{width}}{cells}")
-    return {
-        "title": title,
-        "device": device,
-        "jax": jax.__version__,
-        "unit": unit,
-        "seconds": columns,
-    }
 
 
 def plain(x: jax.Array, bank: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
@@ -237,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     title = f"Routed projection, {T} tokens x {D}, {n} banks, {options.dtype}"
     record = report(title, columns, "plain product")
-    record["copy_bytes_per_second"] = copy_bandwidth(options.repeats)
+    record["device"] = hardware()
+    record["copy_bytes_per_second"] = copy_bandwidth(2**26)
     record["bytes_per_second"] = achieved(columns, x, bank)
     print_bandwidths(record)
     if options.json is not None:
