@@ -1,7 +1,7 @@
 """The Mosaic GPU kernels of the DyDiLA core: interpreted on a CPU, and lowered for CUDA.
 
-Pallas' interpreter of Mosaic GPU kernels knows transposed operands, and what the TMA unit does beyond
-an array, from JAX 0.12 on. On older JAX the kernels are lowered only.
+Pallas' interpreter of Mosaic GPU kernels knows transposed operands, and what the TMA unit does
+beyond an array, from JAX 0.12 on. On older JAX the kernels are lowered only.
 """
 
 import contextlib
@@ -75,12 +75,12 @@ def value_and_gradients(core, options, arrays, d_output):
     return {"output": y, "denominator": denominator} | vjp(d_output)[0]
 
 
-def close_to_reference(N, d, options, **case):
+def close_to_reference(N, d, options, *, detect_races=False, **case):
     """Compares every array of the kernels with float64, within a few times XLA's own error."""
     arrays = leaves(N, d, options.heads, **case)
     rng = np.random.default_rng(1)
     d_output = jnp.asarray(rng.normal(size=arrays["value"].shape), jnp.bfloat16)
-    kernels = partial(pallas_gpu.attention, interpret=gpu_interpreter(detect_races=True))
+    kernels = partial(pallas_gpu.attention, interpret=gpu_interpreter(detect_races=detect_races))
     assert pallas_gpu.unsupported(core_inputs(arrays), options) is None
     got = value_and_gradients(kernels, options, arrays, d_output)
     xla = value_and_gradients(linear_attention, options, arrays, d_output)
@@ -105,13 +105,9 @@ def close_to_reference(N, d, options, **case):
 
 
 @interpreted
-def test_base_with_lambda_above_one_and_repeats_bitwise():
-    options = CoreOptions(heads=2)
-    case = dict(bank=(1.1, 1.5, 2.0), negative=(3, 80, 299))
-    kernels, arrays, d_output, first = close_to_reference(300, 72, options, **case)
-    second = value_and_gradients(kernels, options, arrays, d_output)
-    for name, x in first.items():
-        assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
+def test_base_with_lambda_above_one():
+    options = CoreOptions(heads=1)
+    close_to_reference(300, 72, options, bank=(1.1, 1.5, 2.0), negative=(3, 80, 299))
 
 
 @interpreted
@@ -122,18 +118,29 @@ def test_signed_with_norms_of_heads():
 
 @interpreted
 def test_no_normalizer_and_lambda_zero():
-    close_to_reference(127, 72, CoreOptions(heads=1, normalizer="none"), bank=(0.0, 0.0, 0.0))
+    options = CoreOptions(heads=1, normalizer="none")
+    close_to_reference(127, 16, options, bank=(0.0, 0.0, 0.0))
 
 
 @interpreted
-def test_one_token():
-    close_to_reference(1, 16, CoreOptions(heads=2))
+def test_one_token_without_races():
+    close_to_reference(1, 72, CoreOptions(heads=1), detect_races=True)
 
 
 @interpreted
 @pytest.mark.parametrize("normalizer", ["base", "rms"])
-def test_relu_core(normalizer):
-    close_to_reference(65, 16, CoreOptions(heads=2, normalizer=normalizer), plain=True)
+def test_relu_core_repeats_bitwise(normalizer):
+    options = CoreOptions(heads=2, normalizer=normalizer)
+    kernels, arrays, d_output, first = close_to_reference(65, 16, options, plain=True)
+    second = value_and_gradients(kernels, options, arrays, d_output)
+    for name, x in first.items():
+        assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
+
+
+@interpreted
+def test_blocks_do_not_race():
+    """Three blocks of tokens, two of channels: every buffer is used again."""
+    close_to_reference(130, 72, CoreOptions(heads=1), plain=True, detect_races=True)
 
 
 def cuda():

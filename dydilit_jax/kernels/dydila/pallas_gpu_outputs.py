@@ -206,6 +206,7 @@ def gradient(
 
         def product(tile: jax.Array) -> tuple[Features, jax.Array]:
             """The features of a tile of channels, and Y M^T there."""
+            plgpu.commit_smem()  # every warp has read the tile that this one overwrites
             start_blocks(lax.axis_index("block"), tile, zero)
             channels = pl.ds(tile * BLOCK, BLOCK)
             for part in range(count):
