@@ -75,7 +75,8 @@ def softmax(heads: int) -> Attention:
         batch, tokens, width = arrays["query"].shape
         shape = (batch, tokens, heads, width // heads)
         query, key, value = (arrays[name].reshape(shape) for name in ("query", "key", "value"))
-        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+        output = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+        return output.reshape(batch, tokens, width)
 
     return attend
 
@@ -201,11 +202,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tokens = [256, 1024, 4096] if on_cpu else [256, 1024, 4096, 16384, 65536]
+    tokens = [256, 1024, 2048] if on_cpu else [256, 1024, 4096, 16384, 65536]
     parser.add_argument("--tokens", type=int, nargs="+", default=tokens)
     parser.add_argument("--widths", type=int, nargs="+", default=[72, 288])
     parser.add_argument("--model_width", type=int, default=288 if on_cpu else 1152)
-    parser.add_argument("--batch_tokens", type=int, default=4096 if on_cpu else 65536)
+    parser.add_argument("--batch_tokens", type=int, default=2048 if on_cpu else 65536)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 21)
     parser.add_argument("--json", type=Path, help="default: results/, named by the device")
     parser.add_argument("--plot", type=Path, help="default: beside the JSON; needs matplotlib")
