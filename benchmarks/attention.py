@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def relu(heads: int) -> Attention:
 
 def softmax(heads: int) -> Attention:
     """Softmax attention as jax.nn has it; flash attention of cuDNN on a GPU."""
-    implementation = "cudnn" if jax.default_backend() == "gpu" else None
+    implementation: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
 
     def attend(arrays: dict[str, jax.Array]) -> jax.Array:
         batch, tokens, width = arrays["query"].shape

@@ -195,11 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     except UserError as error:
                         print(f"{topology} d {width} N {tokens} {row}: left out, {error}")
                         continue
-                    figures = ", ".join(
-                        f"{name} {x['moved']:.1f} X ({x['by_opcode'].get('copy', 0.0):.1f} in copies)"
-                        for name, x in counted.items()
-                    )
-                    print(f"{topology} d {width} N {tokens} {row}: {figures}")
+                    print(f"{topology} d {width} N {tokens} {row}:")
+                    for name, x in counted.items():
+                        copies = x["by_opcode"].get("copy", 0.0)
+                        print(f"  {name:<18}{x['moved']:7.1f} X, {copies:.1f} of them copies")
                     cases.append(
                         {
                             "topology": topology,

@@ -172,6 +172,29 @@ def test_lowers_for_cuda(N, d, normalizer):
     assert f"{N}x{N}" not in text
 
 
+def test_lowers_for_cuda_on_a_mesh():
+    """Under shard_map over the batch, with gradients: every device gets kernels of its part."""
+    gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=gpu)
+    rows = jax.sharding.PartitionSpec("data")
+    tokens = jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)
+    options = CoreOptions(heads=2)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    def attend(query, key, value):
+        return pallas_gpu.attention(CoreInputs(query, key, value), options).output
+
+    def loss(*tokens):
+        return attend(*tokens).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert "tensor<2x64x2x64xbf16>" in text
+
+
 def test_shared_memory_holds_the_columns():
     for d in (16, 64, 72, 192, 256, 288, 576, 1024):
         tiles = Tiles(64 * -(-d // 64))
@@ -190,9 +213,9 @@ def test_shared_memory_holds_the_columns():
 )
 def test_says_what_it_cannot_run(change, reason):
     inputs = change(core_inputs(leaves(4, 16)))
-    assert reason in pallas_gpu.unsupported(inputs, CoreOptions(heads=2))
+    assert reason in str(pallas_gpu.unsupported(inputs, CoreOptions(heads=2)))
 
 
 def test_too_wide_a_head_is_refused():
     inputs = core_inputs(leaves(2, 2048, plain=True))
-    assert "use more heads" in pallas_gpu.unsupported(inputs, CoreOptions(heads=2))
+    assert "use more heads" in str(pallas_gpu.unsupported(inputs, CoreOptions(heads=2)))

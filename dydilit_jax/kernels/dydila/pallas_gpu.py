@@ -158,7 +158,7 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
     query, key, value, query_scalars, key_scalars, m, z, den = saved
     d_output = cotangents[0]
     d_query, d_query_rows, d_den = outputs.gradient(core, query, query_scalars, d_output, m, z, den)
-    weights = None if den is None else jnp.stack([1.0 / den, d_den], axis=1)
+    weights = None if d_den is None else jnp.stack([1.0 / den, d_den], axis=1)
     d_m, d_z = kernels.state(core, query, query_scalars, d_output, weights)
     d_key, d_key_rows, _ = outputs.gradient(core, key, key_scalars, value, d_m, d_z, None)
     plain = dataclasses.replace(core, normalizer="none")
