@@ -28,16 +28,58 @@ class DataConfig:
     """What goes in.
 
     Attributes:
-      source: name of the data set: `digits`.
+      source: `digits`; `folder`, images in DATA_DIR/SPLIT/CLASS/; or the name of a data set that
+        tfds prepared as ArrayRecord: `cifar10`, `imagenet2012`, `NAME/CONFIG`, `NAME:VERSION`.
+      data_dir: where it is, local or `gs://...`; empty for tfds's own default.
+      split: of it, in tfds's language: `train`, `train[:90%]`.
+      classes: a file that names the classes to keep, one a line; empty for all.
+      image_size: side in pixels that images are scaled and cropped to; 0 for model.image_size.
+      latents: folder of the images' latents, as `encode` wrote it, read in their place; empty for
+        pixels.
       batch_size: images in a step, over all processes and devices.
       horizontal_flip: mirror every second image, at random.
-      read_threads: threads that read and transform ahead of use.
+      read_threads: threads that read and transform ahead of use, in each worker.
+      workers: processes that read and transform ahead of use; 0 for threads of the trainer alone.
+      prefetch: batches that are placed on the devices ahead of use.
+      on_error: an image that cannot be read is named, and `skip` takes the next one in its place,
+        `stop` ends the run.
+      max_errors: different images that a process may skip before the run ends.
     """
 
     source: str = "digits"
+    data_dir: str = ""
+    split: str = "train"
+    classes: str = ""
+    image_size: int = 0
+    latents: str = ""
     batch_size: int = 256
     horizontal_flip: bool = False
     read_threads: int = 2
+    workers: int = 0
+    prefetch: int = 2
+    on_error: str = "skip"
+    max_errors: int = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What stands between pixels and the latents that the network sees.
+
+    Attributes:
+      weights: a folder in diffusers' layout, or a name: `sd-vae-ft-ema`, `sd-vae-ft-mse`,
+        `dc-ae-f32c32-sana-1.0`. Empty: the network sees pixels.
+      revision: commit of the hub's repository in place of the pinned one; empty for that.
+      sha256: checksum that the file of weights must have; empty for the name's own, if it is known.
+      scaling_factor: what latents are multiplied with; 0 for the weights' own. Another than theirs
+        is an error.
+      dtype: `float32` or `bfloat16`, that it computes in.
+    """
+
+    weights: str = ""
+    revision: str = ""
+    sha256: str = ""
+    scaling_factor: float = 0.0
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,13 +240,14 @@ class Config:
 
     Attributes:
       seed: of initialisation, data order, noise and dropped labels.
-      model, data, diffusion, inheritance, distillation, optimizer, mesh, train, sampling,
-        evaluation: their sections.
+      model, data, autoencoder, diffusion, inheritance, distillation, optimizer, mesh, train,
+        sampling, evaluation: their sections.
     """
 
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     inheritance: InheritanceConfig = InheritanceConfig()
     distillation: DistillationConfig = DistillationConfig()
@@ -270,7 +313,12 @@ NONFINITE = ("skip", "stop")
 _LEAST = {
     "seed": 0,
     "data.batch_size": 1,
+    "data.image_size": 0,
     "data.read_threads": 1,
+    "autoencoder.scaling_factor": 0,
+    "data.workers": 0,
+    "data.prefetch": 0,
+    "data.max_errors": 0,
     "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.decay_steps": 0,
@@ -298,7 +346,19 @@ _LEAST = {
 
 # Sections whose fields may change between two starts of one run: where it runs, how long it goes
 # on, what it writes and how its samples are drawn. None of them changes what a step computes.
-CHANGEABLE = ("mesh.", "train.", "sampling.", "evaluation.", "data.read_threads")
+CHANGEABLE = (
+    "mesh.",
+    "train.",
+    "sampling.",
+    "evaluation.",
+    "data.data_dir",
+    "data.latents",
+    "data.read_threads",
+    "data.workers",
+    "data.prefetch",
+    "data.on_error",
+    "data.max_errors",
+)
 
 
 def _get(config: object, path: str) -> Any:

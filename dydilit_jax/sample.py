@@ -186,10 +186,10 @@ def write_grid(
     pixels: np.ndarray, labels: np.ndarray, out: Path, config: Config, title: str
 ) -> None:
     """One picture of all images (n, H, W, C) uint8: about ten columns, each of one label."""
-    from dydilit_jax.data.sources import load_source
+    from dydilit_jax.data.load import label_names
     from dydilit_jax.drawing import draw_grid, save_png
 
-    names = load_source(config.data.source).label_names
+    names = label_names(config)
     distinct = len(np.unique(labels))
     picture = draw_grid(
         pixels / 127.5 - 1.0,

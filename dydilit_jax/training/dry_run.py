@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dydilit_jax.config import Config
+from dydilit_jax.data.load import load_data
 from dydilit_jax.models.count import multiply_adds, parameter_table
-from dydilit_jax.training.loop import load_data
 from dydilit_jax.training.sharding import check_batch, make_mesh, parameter_spec
 from dydilit_jax.training.state import Network
 

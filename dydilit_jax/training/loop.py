@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dydilit_jax.config import Config
-from dydilit_jax.data.pipeline import BatchIterator, make_batches
-from dydilit_jax.data.sources import Source, load_source
+from dydilit_jax.data.load import load_data
+from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.errors import UserError
 from dydilit_jax.training.agreement import common_text, raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
@@ -40,37 +40,6 @@ from dydilit_jax.training.writers import Writers, truncate_metrics
 
 LAST_ATTEMPTS, RETRY_SECONDS = 3, 2.0
 RETRY_PARTS = 10  # tries again after this part of checkpoint_every
-
-
-def load_data(config: Config) -> tuple[Source, BatchIterator]:
-    """The config's data set, and this process's batches of it.
-
-    Raises:
-      UserError: the network's input or classes are not the data's.
-    """
-    source = load_source(config.data.source)
-    model = config.model
-    expected = (model.image_size, model.image_size, model.channels)
-    if tuple(source.image_shape) != expected:
-        raise UserError(
-            f"data source {config.data.source!r} has images {source.image_shape}, the network "
-            f"expects {expected}: set model.image_size and model.channels"
-        )
-    if len(source.label_names) != model.num_classes:
-        raise UserError(
-            f"data source {config.data.source!r} has {len(source.label_names)} classes, "
-            f"model.num_classes is {model.num_classes}"
-        )
-    batches = make_batches(
-        source,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        horizontal_flip=config.data.horizontal_flip,
-        read_threads=config.data.read_threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return source, batches
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -111,7 +80,10 @@ class Run:
         self.mesh = make_mesh(config.mesh)
         check_batch(config.data.batch_size, self.mesh)
         self.network = Network.create(config)
-        self.source, self.batches = load_data(config)
+        self.source, batches = load_data(config)
+        self.batches = DevicePrefetch(
+            batches, lambda batch: to_mesh(batch, self.mesh), depth=config.data.prefetch
+        )
         self.teacher = load_teacher(self.network, self.mesh)
         self.recovery = Recovery()
 
@@ -133,6 +105,7 @@ class Run:
 
     def close(self) -> None:
         """Waits until all is written."""
+        self.batches.close()
         try:
             self.checkpointer.close()
         finally:
@@ -307,7 +280,7 @@ def _loop(run: Run, last_step: float) -> TrainState:
     train_step = compile_step(run.network, run.mesh, run.teacher)
     previous: Dispatched | None = None
     while not stop:
-        batch = to_mesh(next(run.batches), run.mesh)
+        batch = next(run.batches)
         state, metrics = train_step(state, batch)
         step += 1
         newest = Dispatched(step, metrics, run.batches.get_state())

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from dydilit_jax.data.sources import load_source
+from dydilit_jax.data import sources
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.pixels import frechet_floor, label_agreement, pixel_scores, read_all
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_source("digits")
+    return sources.digits()
 
 
 @pytest.fixture(scope="module")

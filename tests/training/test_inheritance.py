@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dydilit_jax.config import DistillationConfig, InheritanceConfig
+from dydilit_jax.data.load import load_data
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.config import AttentionConfig, FeedForwardConfig
 from dydilit_jax.models.pretrained import save_pretrained
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
-from dydilit_jax.training.loop import load_data, to_mesh, train
+from dydilit_jax.training.loop import to_mesh, train
 from dydilit_jax.training.state import Network, create_state
 from dydilit_jax.training.step import compile_step, training_loss
 from tests.tiny import mesh_of, random_parameters, tiny_config

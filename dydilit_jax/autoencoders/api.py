@@ -1,0 +1,85 @@
+"""Autoencoders by name or folder."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from dydilit_jax.autoencoders.dc import AutoencoderDC
+from dydilit_jax.autoencoders.kl import AutoencoderKL
+from dydilit_jax.autoencoders.layout import fill, parse_config
+from dydilit_jax.autoencoders.weights import KNOWN, WeightsFile, locate
+from dydilit_jax.errors import UserError, unknown_name
+from dydilit_jax.models.pretrained.files import CONFIG_FILE, read_config, read_tensors
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Pretrained(NamedTuple):
+    """An autoencoder (an interface.Autoencoder) and the file that its weights are of."""
+
+    autoencoder: AutoencoderKL | AutoencoderDC
+    weights: WeightsFile
+
+
+def load_autoencoder(
+    weights: str,
+    *,
+    scaling_factor: float | None = None,
+    revision: str = "",
+    sha256: str = "",
+    dtype: str = "float32",
+) -> Pretrained:
+    """Reads an autoencoder in diffusers' layout.
+
+    Args:
+      weights: a folder (or the .safetensors file in it) with config.json, or a name of KNOWN:
+        `sd-vae-ft-ema`, `sd-vae-ft-mse`, `dc-ae-f32c32-sana-1.0`, fetched through huggingface_hub
+        at its pinned revision and checked against its checksum.
+      scaling_factor: that the network was or will be trained with; None for the weights' own.
+      revision: to fetch in place of the pinned one.
+      sha256: checksum that the file of weights must have.
+      dtype: that the autoencoder computes in, `float32` or `bfloat16`; its norms and attention
+        sums are float32 in both.
+
+    Raises:
+      UserError: weights that cannot be found or read, or have another checksum; tensors that do not
+        fit config.json; a scaling factor that does not belong to the weights.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    file = locate(weights, revision=revision, sha256=sha256)
+    source = repr(str(file.path))
+    fields = read_config(file.path)
+    if not fields:
+        raise UserError(f"{source} has no {CONFIG_FILE} beside it, which tells its sizes")
+    config = parse_config(fields, repr(str(file.path.parent / CONFIG_FILE)))
+    check_scaling(config.scaling_factor, scaling_factor, file)
+    autoencoder = fill(config, read_tensors(file.path), source, jnp.dtype(dtype))
+    return Pretrained(autoencoder, file)
+
+
+def check_scaling(own: float, wanted: float | None, file: WeightsFile) -> None:
+    """Raises UserError where weights and scaling factor do not belong together.
+
+    Args:
+      own: config.json's, or diffusers' default for the class where that is silent.
+      wanted: the run's; None to take the weights' own.
+      file: the weights; known ones have a known factor.
+    """
+    if not (math.isfinite(own) and own > 0):
+        raise UserError(
+            f"{str(file.path)!r}: the scaling factor {own} of its config.json is no scale"
+        )
+    if file.name in KNOWN and not math.isclose(known := KNOWN[file.name].scaling_factor, own):
+        raise UserError(
+            f"{str(file.path)!r} is {file.name}, whose scaling factor is {known:g}, but its "
+            f"config.json has {own:g}: restore the config.json that belongs to it"
+        )
+    if wanted is not None and not math.isclose(wanted, own):
+        raise UserError(
+            f"scaling factor {wanted:g} does not belong to {str(file.path)!r} ({file.name}), which "
+            f"has {own:g}: latents scaled by another factor are another data set"
+        )
