@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
-from dydilit_jax.autoencoders import load_autoencoder
+from dydilit_jax.autoencoders import load_autoencoder, save_autoencoder
 from dydilit_jax.autoencoders.kl import KLConfig
-from dydilit_jax.autoencoders.layout import build, config_json, tensors_of
+from dydilit_jax.autoencoders.layout import build, fill, tensors_of
 from dydilit_jax.data.encoding import encode_source, make_encoder, plan
 from dydilit_jax.data.latents import LatentSource
 from dydilit_jax.data.sources import ArraySource, digits
@@ -37,12 +36,12 @@ def weights(tmp_path_factory):
     """A folder of random weights in diffusers' layout."""
     folder = tmp_path_factory.mktemp("weights")
     rng = np.random.default_rng(1)
+    autoencoder = build(SIZES, jnp.dtype("float32"))
     tensors = {
         name: rng.normal(0.1, 0.3, tensor.shape).astype(np.float32)
-        for name, tensor in tensors_of(build(SIZES, jnp.dtype("float32"))).items()
+        for name, tensor in tensors_of(autoencoder).items()
     }
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(config_json(SIZES))
+    save_autoencoder(folder, fill(SIZES, tensors, "here", jnp.dtype("float32")))
     return folder
 
 
