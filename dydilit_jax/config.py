@@ -28,8 +28,8 @@ class DataConfig:
     """What goes in.
 
     Attributes:
-      source: `digits`; `folder`, images in DATA_DIR/SPLIT/CLASS/; or the name of a data set that tfds
-        prepared as ArrayRecord: `cifar10`, `imagenet2012`, `NAME/CONFIG`, `NAME:VERSION`.
+      source: `digits`; `folder`, images in DATA_DIR/SPLIT/CLASS/; or the name of a data set that
+        tfds prepared as ArrayRecord: `cifar10`, `imagenet2012`, `NAME/CONFIG`, `NAME:VERSION`.
       data_dir: where it is, local or `gs://...`; empty for tfds's own default.
       split: of it, in tfds's language: `train`, `train[:90%]`.
       classes: a file that names the classes to keep, one a line; empty for all.

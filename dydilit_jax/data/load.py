@@ -7,9 +7,10 @@ import jax
 from dydilit_jax.config import Config, DataConfig
 from dydilit_jax.data.classes import ClassSubset, read_class_list
 from dydilit_jax.data.folder import FolderSource
+from dydilit_jax.data.latents import LatentSource, wanted_of
 from dydilit_jax.data.pipeline import StepBatches, make_batches
 from dydilit_jax.data.records import RecordSource
-from dydilit_jax.data.sources import Source, digits
+from dydilit_jax.data.sources import SOURCES, Source
 from dydilit_jax.errors import UserError
 
 
@@ -26,8 +27,8 @@ def load_images(data: DataConfig, *, image_size: int, channels: int = 3) -> Sour
     """
     size = data.image_size or image_size
     source: Source
-    if data.source == "digits":
-        source = digits()
+    if data.source in SOURCES:
+        source = SOURCES[data.source]()
     elif data.source == "folder":
         source = FolderSource(data.data_dir, split=data.split, image_size=size, channels=channels)
     else:
@@ -53,12 +54,16 @@ def load_source(config: Config) -> Source:
     """What the config's network is trained on: images, or latents if `data.latents` is set.
 
     Raises:
-      UserError: as load_images; or the network's input or classes are not the data's.
+      UserError: as load_images; latents that are missing, damaged or of something else; or the
+        network's input or classes are not the data's.
     """
     data, model = config.data, config.model
     if data.latents:
-        raise UserError("data.latents is not supported yet")
-    source = load_images(data, image_size=model.image_size, channels=model.channels)
+        source: Source = LatentSource(
+            data.latents, wanted=wanted_of(config), flip=data.horizontal_flip
+        )
+    else:
+        source = load_images(data, image_size=model.image_size, channels=model.channels)
     expected = (model.image_size, model.image_size, model.channels)
     if tuple(source.image_shape) != expected:
         raise UserError(

@@ -74,7 +74,11 @@ class StepBatches:
     def __next__(self) -> Batch:
         if self._reading is None:
             self._reading = self._read(self._batches[self._position :])
-        batch = dict(next(self._reading))
+        try:
+            batch = dict(next(self._reading))
+        except UserError as error:
+            # Grain adds lines of its own to messages.
+            raise UserError(str(error).partition("\n")[0]) from error
         self._position += 1
         self._report.add(batch.pop("skipped"))
         return batch

@@ -1,4 +1,4 @@
-"""Batches placed on the devices ahead of use, with the position of the batch that was handed out."""
+"""Batches placed on the devices ahead of use, and the position of the last one handed out."""
 
 from __future__ import annotations
 

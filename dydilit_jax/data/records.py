@@ -59,7 +59,9 @@ def find_version(name: str, data_dir: str) -> epath.Path:
         versions = {number: path for number, path in versions.items() if path.name == wanted}
     if versions:
         return versions[max(versions)]
-    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    there = (
+        sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    )
     if near := difflib.get_close_matches(name, [each for each in there if each != name], n=1):
         hint = f"did you mean {near[0]!r}? Or prepare"
     else:
@@ -139,9 +141,7 @@ class RecordSource(EncodedSource):
         path = self._label_cache()
         if path.is_file():
             return np.load(path)
-        blocks = [
-            range(i, min(i + SCAN_BLOCK, len(self))) for i in range(0, len(self), SCAN_BLOCK)
-        ]
+        blocks = [range(i, min(i + SCAN_BLOCK, len(self))) for i in range(0, len(self), SCAN_BLOCK)]
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             parts = tqdm(
                 threads.map(self._block_labels, blocks),
@@ -205,12 +205,9 @@ def _count_records(path: str) -> int | None:
     """Records of a shard, 0 if its end cannot be read; None if there is no such file."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        reader = ArrayRecordReader(path, options=READER_OPTIONS, file_reader_buffer_size=32768)
-    except RuntimeError:
-        if epath.Path(path).exists():
-            raise
+    if not epath.Path(path).exists():
         return None
+    reader = ArrayRecordReader(path, options=READER_OPTIONS, file_reader_buffer_size=32768)
     count = reader.num_records() if reader.ok() else 0
     # A reader of a damaged file raises once more when it is closed.
     if reader.ok():
@@ -219,7 +216,7 @@ def _count_records(path: str) -> int | None:
 
 
 def _split_files(info: Any, name: str, split: str) -> list[Any]:
-    known = ", ".join(info.splits) or "none"
+    known = ", ".join(sorted(info.splits)) or "none"
     try:
         files = info.splits[split].file_instructions
     except (KeyError, ValueError, AssertionError) as error:

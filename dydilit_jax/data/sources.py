@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -17,7 +17,7 @@ class Example(TypedDict):
     """An image (H, W, C) float32 in [-1, 1] and its label, int32."""
 
     image: np.ndarray
-    label: np.ndarray
+    label: np.ndarray | np.int32
 
 
 class Source(Protocol):
@@ -140,3 +140,7 @@ def digits() -> ArraySource:
     data = load_digits()
     images = (data.images / 8.0 - 1.0).astype(np.float32)[..., None]
     return ArraySource(images, data.target.astype(np.int32), tuple(map(str, range(10))))
+
+
+# Data sets that are here without any file.
+SOURCES: dict[str, Callable[[], Source]] = {"digits": digits}

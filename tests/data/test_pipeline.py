@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from dydilit_jax.data.pipeline import flip_at_random, make_batches
 from dydilit_jax.data.sources import ArraySource
 from dydilit_jax.errors import UserError
+from tests.data.pictures import images_of
 
 COUNT = 60
+RECORDS: dict[str, Any] = {"batch_size": 6, "seed": 5, "horizontal_flip": True}
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +167,87 @@ def test_an_empty_source_is_refused(source):
     empty = dataclasses.replace(source, images=source.images[:0], labels=source.labels[:0])
     with pytest.raises(UserError, match="empty"):
         make_batches(empty, batch_size=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def straight(data_dir):
+    """Nine batches of 6 out of 23 real records, read without workers."""
+    return take(make_batches(images_of(data_dir), **RECORDS), 9)
+
+
+def identity(image):
+    """An image's bytes or those of its mirror image, whichever are less."""
+    return min(image.tobytes(), image[:, ::-1].tobytes())
+
+
+def test_every_record_comes_once_an_epoch(data_dir, straight):
+    source = images_of(data_dir)
+    images = np.concatenate([batch["image"] for batch in straight])
+    expected = sorted(identity(source[i]["image"]) for i in range(23))
+    assert len(set(expected)) == 23
+    for epoch in (images[:23], images[23:46]):
+        assert sorted(identity(image) for image in epoch) == expected
+
+
+def test_records_are_the_same_for_several_processes(data_dir, straight):
+    parts = [
+        take(make_batches(images_of(data_dir), **RECORDS, process_index=index, process_count=3), 9)
+        for index in range(3)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in ("image", "label")}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, straight)
+
+
+def test_workers_change_nothing_and_resume_exactly(data_dir, straight):
+    batches = make_batches(images_of(data_dir), **RECORDS, workers=2)
+    assert_same(take(batches, 5), straight[:5])
+    # In the middle of the second epoch; as saved with workers, gone on without, and the reverse.
+    position = batches.get_state()
+    assert position["next_index"] == 5
+    alone = make_batches(images_of(data_dir), **RECORDS)
+    alone.set_state(position)
+    assert_same(take(alone, 4), straight[5:])
+    alone.set_state({"next_index": 3, "examples": 23})
+    next(alone)
+    batches.set_state(alone.get_state())
+    assert_same(take(batches, 3), straight[4:7])
+    batches.close()
+
+
+def test_a_position_in_another_data_set_is_refused(data_dir):
+    batches = make_batches(images_of(data_dir), **RECORDS)
+    with pytest.raises(UserError, match="trained on 22 examples, the data set now has 23"):
+        batches.set_state({"next_index": 3, "examples": 22})
+    # Older checkpoints do not say how many there were.
+    batches.set_state({"next_index": 3})
+    assert batches.get_state() == {"next_index": 3, "examples": 23}
+
+
+class Moments:
+    """A source whose items become examples by chance, as precomputed latents do."""
+
+    image_shape = (2, 2, 1)
+    label_names = ("a", "b")
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return float(index)
+
+    def transform(self, item, rng):
+        image = np.full((2, 2, 1), item + 0.5 * rng.random(), np.float32)
+        return {"image": image, "label": np.int32(item % 2)}
+
+
+def test_a_source_that_draws_its_examples():
+    epochs = [batch["image"][:, 0, 0, 0] for batch in take(make_batches(Moments(), **RECORDS), 5)]
+    drawn = np.concatenate(epochs).reshape(3, 10)
+    np.testing.assert_array_equal(np.sort(np.floor(drawn)), np.tile(np.arange(10), (3, 1)))
+    # Each time anew, and each run the same.
+    assert len(np.unique(drawn)) == 30
+    again = make_batches(Moments(), **RECORDS, process_index=1, process_count=2)
+    np.testing.assert_array_equal(next(again)["image"][:, 0, 0, 0], drawn.ravel()[3:6])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dydilit_jax.data import sources
 from dydilit_jax.data.pipeline import make_batches
+from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.data.sources import digits
 from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.errors import UserError
@@ -34,6 +35,7 @@ class Recorder:
     def __init__(self, batches, given):
         self.batches, self.given = batches, given
         self.get_state, self.set_state = batches.get_state, batches.set_state
+        self.close = batches.close
 
     def __next__(self):
         batch = next(self.batches)
@@ -50,8 +52,10 @@ def runs(tmp_path_factory):
             given: list[dict] = []
             patch.setattr(
                 loop,
-                "make_batches",
-                lambda *args, given=given, **kwargs: Recorder(make_batches(*args, **kwargs), given),
+                "DevicePrefetch",
+                lambda *args, given=given, **kwargs: Recorder(
+                    DevicePrefetch(*args, **kwargs), given
+                ),
             )
             workdir = tmp_path_factory.mktemp(name)
             for stop in stops:

@@ -1,0 +1,58 @@
+"""Sub-IN: some classes of ImageNet-1K at 256 x 256 in f8 latents, with DiT's recipe.
+
+A file says which classes, one WordNet id a line. `configs/imagenet100.txt`, the default, is CMC's
+widely used ImageNet-100 (arXiv 1906.05849); which classes the paper's Sub-IN has is not known here.
+
+Prepare:   tfds build imagenet2012 --file_format=array_record    (see docs/data.md)
+           python -m dydilit_jax.encode --config=configs/sub_in256.py --out=latents/sub_in256
+Command:   python -m dydilit_jax.train --config=configs/sub_in256.py --workdir=runs/sub_in256
+Classes:   --config=configs/sub_in256.py:classes=my_classes.txt
+Variants:  --config=configs/sub_in256.py:size=S,attention=softmax        (DiT-S/2)
+           --config=configs/sub_in256.py:size=XL,process=flow            (as SiT trains)
+           --config=configs/sub_in256.py:size=S,attention=relu,feedforward=mlp   (as LiT)
+Hardware:  made for 8 accelerators or more; has not been run at full length by this project.
+Time:      not measured.
+Result:    not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from dydilit_jax import config as c
+from dydilit_jax.data.classes import read_class_list
+from dydilit_jax.models.config import ModelConfig, size_fields
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The config for `classes=...,size=...,attention=...,feedforward=...,process=...`."""
+    choice = c.parse_argument(
+        argument,
+        classes="configs/imagenet100.txt",
+        size="B",
+        attention="dydila",
+        feedforward="auto",
+        process="gaussian",
+    )
+    feedforward = c.feedforward_for(choice["attention"], choice["feedforward"])
+    gaussian = choice["process"] == "gaussian"
+    return c.Config(
+        model=ModelConfig(
+            image_size=32,
+            channels=4,
+            num_classes=len(read_class_list(choice["classes"])),
+            dtype="bfloat16",
+            **size_fields(choice["size"], choice["attention"], feedforward),
+        ),
+        data=c.DataConfig(
+            source="imagenet2012",
+            classes=choice["classes"],
+            image_size=256,
+            latents="latents/sub_in256",
+            batch_size=256,
+            horizontal_flip=True,
+            workers=4,
+        ),
+        autoencoder=c.AutoencoderConfig(weights="sd-vae-ft-ema"),
+        diffusion=c.DiffusionConfig(process=choice["process"]),
+        train=c.TrainConfig(steps=400_000, checkpoint_every=10_000, sample_every=50_000),
+        sampling=c.SamplingConfig(steps=250, guidance_scale=1.5, guidance_channels=3 * gaussian),
+    ).to_dict()
