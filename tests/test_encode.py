@@ -15,7 +15,7 @@ from dydilit_jax.autoencoders.kl import KLConfig
 from dydilit_jax.autoencoders.layout import build, fill, tensors_of
 from dydilit_jax.data.encoding import encode_source, make_encoder, plan
 from dydilit_jax.data.latents import LatentSource
-from dydilit_jax.data.sources import ArraySource, digits
+from dydilit_jax.data.sources import ArraySource, Example, digits
 from dydilit_jax.errors import UserError
 from tests.commands import assert_one_line
 
@@ -45,15 +45,18 @@ def weights(tmp_path_factory):
     return folder
 
 
-class Pictures(ArraySource):
+class Pictures:
     """Digits that may be unreadable, or interrupt; notes which were read."""
 
     def __init__(self, unreadable=(), interrupt=None):
         whole = digits()
-        super().__init__(whole.images[:COUNT], whole.labels[:COUNT], whole.label_names)
-        object.__setattr__(self, "unreadable", unreadable)
-        object.__setattr__(self, "interrupt", interrupt)
-        object.__setattr__(self, "read", [])
+        self.images, self.labels = whole.images[:COUNT], whole.labels[:COUNT]
+        self.image_shape, self.label_names = whole.image_shape, whole.label_names
+        self.unreadable, self.interrupt = unreadable, interrupt
+        self.read: list[int] = []
+
+    def __len__(self):
+        return COUNT
 
     def __getitem__(self, index):
         self.read.append(index)
@@ -61,7 +64,7 @@ class Pictures(ArraySource):
             raise KeyboardInterrupt
         if index in self.unreadable:
             raise UserError(f"picture {index} is torn")
-        return super().__getitem__(index)
+        return Example(image=self.images[index], label=self.labels[index])
 
 
 @pytest.fixture(scope="module")

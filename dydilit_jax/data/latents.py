@@ -19,6 +19,7 @@ an autoencoder does not commute with that.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,8 @@ class Moments(NamedTuple):
     std: np.ndarray
 
 
-class LatentRecord(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatentRecord:
     """What is kept of one image; `flipped` is None where only the image itself was encoded."""
 
     index: int
