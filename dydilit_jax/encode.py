@@ -60,17 +60,11 @@ def main() -> None:
     import jax
     from tqdm import tqdm
 
-    from dydilit_jax.autoencoders import load_autoencoder
     from dydilit_jax.data import encoding
     from dydilit_jax.data.load import load_images
+    from dydilit_jax.training.decoding import configured_autoencoder
 
-    pretrained = load_autoencoder(
-        config.autoencoder.weights,
-        scaling_factor=config.autoencoder.scaling_factor or None,
-        revision=config.autoencoder.revision,
-        sha256=config.autoencoder.sha256,
-        dtype=config.autoencoder.dtype,
-    )
+    pretrained = configured_autoencoder(config.autoencoder)
     model, data = config.model, config.data
     autoencoder = pretrained.autoencoder
     source = load_images(
