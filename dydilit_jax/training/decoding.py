@@ -53,7 +53,7 @@ def make_decoder(config: AutoencoderConfig, devices: Sequence[jax.Device] | None
     decode = jax.jit(lambda parameters, z: images_from(nnx.merge(graph, parameters), z))
 
     def call(latents: np.ndarray) -> np.ndarray:
-        size = DECODED_AT_ONCE * len(devices)
+        size = min(DECODED_AT_ONCE, -(-len(latents) // len(devices))) * len(devices)
         images = []
         for start in range(0, len(latents), size):
             # The last ones are filled up with repetitions, which are cut off again.
