@@ -248,8 +248,8 @@ MISTAKES = {
     "checksum": (["--config.autoencoder.sha256=ab"], ["expected ab"]),
     "network": (["--config.model.image_size=8"], ["takes latents of (8, 8, 4)", "(4, 4, 4)"]),
     "dtype": (["--dtype=float16"], ["float16", "bfloat16, float32"]),
-    "process": (["--process=2/2"], ["from 0 to 1"]),
-    "no process": (["--process=two"], ["INDEX/COUNT"]),
+    "part": (["--part=2/2"], ["from 0 to 1"]),
+    "no part": (["--part=two"], ["INDEX/COUNT"]),
 }
 
 
