@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKDIR ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench chaos clean
 
 help:
 	@echo "make demo    train DyDi-LiT on handwritten digits, sample and score it (CPU, minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff (format and lint) and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make bench   the benchmarks that README's figures come from"
+	@echo "make chaos   kill a run 20 times, damage its checkpoints, compare it with one left alone"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -43,6 +44,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.projection
 	$(BIN)/python -m benchmarks.depthwise
+
+chaos: $(VENV)/.installed-dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.chaos
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache

@@ -3,7 +3,8 @@
     python -m benchmarks.depthwise [--shape 8 16 16 384 --kernel 5 --dtype float32]
 
 Without --shape and --kernel: two token images, each with 5 x 5 and 3 x 3. Rows: XLA's grouped
-convolution, the shifted form as JAX differentiates it, the shifted form with its own gradient.
+convolution, the shifted form as JAX differentiates it, the shifted form with its own gradient, and
+on a platform that has them the kernels.
 Columns: forward; forward and the gradients of x, kernel and bias.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.projection import alternating_medians, report
+from benchmarks.timing import alternating_medians, report
+from dydilit_jax.kernels.depthwise import api
 from dydilit_jax.kernels.depthwise.reference import convolution
 from dydilit_jax.kernels.depthwise.xla import shifted
+from dydilit_jax.kernels.platform import target
 
 Convolution = Callable[..., jax.Array]
 
@@ -34,6 +38,15 @@ def with_gradients(convolve: Convolution) -> Callable[..., Any]:
         return y, vjp(y)
 
     return forward_and_backward
+
+
+def kernels_here(x: jax.Array, kernel: jax.Array) -> dict[str, Convolution]:
+    """The backends that run these arguments on this platform."""
+    return {
+        name: partial(api.depthwise_conv, implementation=name)
+        for name, (platform, _) in api.BACKENDS.items()
+        if platform == target().platform and api.load_backend(name).unsupported(x, kernel) is None
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             x = jnp.asarray(rng.normal(size=shape), options.dtype)
             kernel = jnp.asarray(rng.normal(size=(k, k, shape[3])) / k, jnp.float32)
             inputs = (x, kernel, jnp.zeros(shape[3], jnp.float32))
+            rows = forms | kernels_here(x, kernel)
             columns = {
-                "forward": alternating_medians(forms, inputs, options.repeats),
+                "forward": alternating_medians(rows, inputs, options.repeats),
                 "with gradients": alternating_medians(
-                    {name: with_gradients(form) for name, form in forms.items()},
+                    {name: with_gradients(form) for name, form in rows.items()},
                     inputs,
                     options.repeats,
                 ),

@@ -24,9 +24,10 @@ import numpy as np
 
 from configs import digits
 from dydilit_jax.config import Config, DistillationConfig, InheritanceConfig
+from dydilit_jax.data.load import load_data
 from dydilit_jax.models.pretrained import save_pretrained
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
-from dydilit_jax.training.loop import load_data, to_mesh
+from dydilit_jax.training.loop import to_mesh
 from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.sharding import make_mesh
 from dydilit_jax.training.state import Network, TrainState, create_state

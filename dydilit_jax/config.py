@@ -172,14 +172,28 @@ class TrainConfig:
       log_every: steps between progress lines and metrics.
       checkpoint_every: steps between checkpoints; the last step is always saved.
       keep_checkpoints: newest checkpoints that are kept.
+      keep_every: checkpoints of multiples of so many steps are kept as well, for good.
       sample_every: steps between sample grids.
+      nonfinite: a step whose loss, gradients or updates are not finite changes nothing; `skip`
+        counts it and goes on, `stop` ends the run with an error.
+      rollback_after: bad steps in a row after which the run goes back to the last good checkpoint
+        and on with the batches after them.
+      max_rollbacks: returns to one and the same checkpoint, after which the run ends with an error.
+      spike_factor: a loss above so many times its running median is bad too; 0 for never.
+      spike_window: good losses that the median is taken of.
     """
 
     steps: int = 400_000
     log_every: int = 100
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
+    keep_every: int = 0
     sample_every: int = 10_000
+    nonfinite: str = "skip"
+    rollback_after: int = 10
+    max_rollbacks: int = 3
+    spike_factor: float = 0.0
+    spike_window: int = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,6 +264,12 @@ class Config:
                 raise UserError(f"{field} must be at least {least}, got {value}")
         if self.optimizer.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.optimizer.schedule, SCHEDULES)
+        if self.train.nonfinite not in NONFINITE:
+            raise unknown_name("train.nonfinite", self.train.nonfinite, NONFINITE)
+        if 0 < self.train.spike_factor <= 1:
+            raise UserError(
+                f"train.spike_factor must be 0, or above 1; got {self.train.spike_factor}"
+            )
         low, high = self.sampling.guidance_low, self.sampling.guidance_high
         if not 0.0 <= low <= high <= 1.0:
             raise UserError(
@@ -288,6 +308,7 @@ class Config:
 
 
 SCHEDULES = ("constant", "cosine", "linear")
+NONFINITE = ("skip", "stop")
 
 _LEAST = {
     "seed": 0,
@@ -307,7 +328,12 @@ _LEAST = {
     "train.log_every": 1,
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 1,
+    "train.keep_every": 0,
     "train.sample_every": 0,
+    "train.rollback_after": 1,
+    "train.max_rollbacks": 1,
+    "train.spike_factor": 0,
+    "train.spike_window": 1,
     "distillation.prediction_weight": 0,
     "distillation.variance_weight": 0,
     "sampling.steps": 1,

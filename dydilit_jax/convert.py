@@ -29,6 +29,7 @@ _SHIFT = flags.DEFINE_integer(
     "0 if the weights were trained with the official code, 1 if with diffusers; default: that "
     "of the layout they come in.",
 )
+_SIT = flags.DEFINE_bool("sit", False, "The weights are a SiT's: its time runs the other way.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the weights in --out.")
 
 
@@ -37,8 +38,10 @@ def main() -> None:
     out = Path(cli.required(_OUT.value, "out"))
     if bool(_SOURCE.value) == bool(_WORKDIR.value):
         raise UserError("give either --source, weights to read, or --workdir, a run to export")
-    if _WORKDIR.value and (_HEADS.value or _SHIFT.value is not None):
-        raise UserError("--heads and --time_frequency_shift are for --source: a run knows its own")
+    if _WORKDIR.value and (_HEADS.value or _SIT.value or _SHIFT.value is not None):
+        raise UserError(
+            "--heads, --time_frequency_shift and --sit are for --source: a run knows its own"
+        )
 
     from dydilit_jax.models.pretrained.api import LAYOUT_NAMES, other_frequencies, save_pretrained
     from dydilit_jax.models.pretrained.files import check_folder
@@ -65,14 +68,17 @@ def main() -> None:
 def read_source() -> tuple[Any, dict, dict[str, Any], str]:
     """Network, parameters, what is kept beside them and a name, from --source."""
     from dydilit_jax.models.pretrained.api import read_pretrained
+    from dydilit_jax.models.pretrained.sit import from_sit
 
     source = cli.required(_SOURCE.value, "source")
     pretrained = read_pretrained(source, heads=_HEADS.value)
+    if _SIT.value:
+        pretrained = from_sit(pretrained, source)
     config = pretrained.config
     if _SHIFT.value is not None:
         config = dataclasses.replace(config, time_frequency_shift=_SHIFT.value)
     what = f"{source} (layout {pretrained.layout})"
-    return config, pretrained.parameters, pretrained.extra or {"source": source}, what
+    return config, pretrained.parameters, {"source": source} | pretrained.extra, what
 
 
 def read_run() -> tuple[Any, dict, dict[str, Any], str]:

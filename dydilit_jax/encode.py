@@ -23,12 +23,12 @@ _FLIPS = flags.DEFINE_bool(
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Numbers on disk: bfloat16 or float32.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images in a shard.", lower_bound=1)
-_PROCESS = flags.DEFINE_string(
-    "process", None, "INDEX/COUNT: do this part of the shards; default: JAX's process."
+_PART = flags.DEFINE_string(
+    "part", None, "INDEX/COUNT: do this part of the shards; default: JAX's process."
 )
 
 
-def parse_process(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """INDEX/COUNT as numbers.
 
     Raises:
@@ -37,9 +37,9 @@ def parse_process(text: str) -> tuple[int, int]:
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError as error:
-        raise UserError(f"--process={text} expects INDEX/COUNT, like 0/4") from error
+        raise UserError(f"--part={text} expects INDEX/COUNT, like 0/4") from error
     if not 0 <= index < count:
-        raise UserError(f"--process={text}: the index must be from 0 to {count - 1}")
+        raise UserError(f"--part={text}: the index must be from 0 to {count - 1}")
     return index, count
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     cli.required(cli.flag_text("config"), "config")
     config = Config.from_dict(_CONFIG.value)
     out = Path(cli.required(_OUT.value, "out"))
-    part = parse_process(_PROCESS.value) if _PROCESS.value else None
+    part = parse_part(_PART.value) if _PART.value else None
     if not config.autoencoder.weights:
         raise UserError(
             "autoencoder.weights is empty: --config.autoencoder.weights=FOLDER or a name, like "
@@ -60,17 +60,11 @@ def main() -> None:
     import jax
     from tqdm import tqdm
 
-    from dydilit_jax.autoencoders import load_autoencoder
     from dydilit_jax.data import encoding
     from dydilit_jax.data.load import load_images
+    from dydilit_jax.training.decoding import configured_autoencoder
 
-    pretrained = load_autoencoder(
-        config.autoencoder.weights,
-        scaling_factor=config.autoencoder.scaling_factor or None,
-        revision=config.autoencoder.revision,
-        sha256=config.autoencoder.sha256,
-        dtype=config.autoencoder.dtype,
-    )
+    pretrained = configured_autoencoder(config.autoencoder)
     model, data = config.model, config.data
     autoencoder = pretrained.autoencoder
     source = load_images(

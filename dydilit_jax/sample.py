@@ -119,6 +119,7 @@ def main() -> None:
 
     from dydilit_jax.training import request
     from dydilit_jax.training.checkpoint import Checkpointer, has_checkpoint, load_config
+    from dydilit_jax.training.decoding import make_decoder
     from dydilit_jax.training.generation import generate_images
     from dydilit_jax.training.optimizer import ema_parameters
     from dydilit_jax.training.sharding import make_mesh
@@ -135,6 +136,7 @@ def main() -> None:
     )
     choices = parse_labels(_LABELS.value, config.model.num_classes)
     labels = np.resize(choices, _NUM.value)
+    decode = make_decoder(config.autoencoder)
     mesh = make_mesh(config.mesh)
     network = Network.create(config)
     step, ema = Checkpointer(workdir).restore_ema(abstract_state(network, mesh))
@@ -162,7 +164,7 @@ def main() -> None:
     )
     with tqdm(total=len(labels), initial=done, unit="image", desc="sampling") as bar:
         try:
-            for count in request.draw_parts(parts, batches, done):
+            for count in request.draw_parts(parts, map(decode, batches), done):
                 bar.update(count)
         except KeyboardInterrupt:
             bar.close()

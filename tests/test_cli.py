@@ -352,9 +352,9 @@ def test_sample_draws_what_is_asked_for(finished, command, tmp_path):
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         width, height = picture.size
-        # Three columns and three rows of 8 x 8 images enlarged to 64, with a word above each.
-        assert width >= 4 + 3 * 68
-        assert height == 4 + 15 + 4 + 3 * (64 + 15 + 4)
+        # One row of seven 8 x 8 images enlarged to 64, with a word above each, and the title.
+        assert width >= 4 + 7 * 68
+        assert height == 4 + 15 + 4 + (64 + 15 + 4)
         first = np.asarray(picture)
     assert len(np.unique(first)) > 10
     command(SAMPLE, *asked, "--guidance_scale=2", "--steps=3", "--seed=5")

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from dydilit_jax.errors import UserError
 from dydilit_jax.models.pretrained import read_pretrained
+from dydilit_jax.models.pretrained.sit import from_sit
 from dydilit_jax.training.checkpoint import open_workdir
 from dydilit_jax.training.state import Network
 from tests.commands import assert_one_line
-from tests.models.test_pretrained import DIFFUSERS, OFFICIAL, assert_same_bits
+from tests.models.test_pretrained import DIFFUSERS, OFFICIAL, assert_same_bits, output
 from tests.tiny import random_parameters, save_run, tiny_config
 
 CONVERT = "dydilit_jax.convert"
@@ -70,6 +72,24 @@ def test_the_frequencies_the_weights_were_trained_with(command, tmp_path):
     assert read_pretrained(tmp_path / "b").config.time_frequency_shift == 0
 
 
+def test_a_sit_runs_its_time_the_other_way(command, tmp_path):
+    """At 1 - t it predicts -v: the fixture's weights, taken for a SiT's, and what convert makes."""
+    asked = [f"--source={OFFICIAL}", "--heads=4", "--sit", f"--out={tmp_path}/sit"]
+    code, _, errors = command(CONVERT, *asked)
+    assert (code, errors) == (0, "")
+    sit, ours = read_pretrained(OFFICIAL, heads=4), read_pretrained(tmp_path / "sit")
+    assert (ours.config, ours.out_channels) == (sit.config, 4)
+    assert ours.extra["diffusion"] == {"process": "flow", "flow": {"time_scale": 1.0}}
+    time = np.array([0.1, 0.5, 0.97], np.float32)
+    theirs = output(sit.config, sit.parameters, time=1 - time)[..., :4]
+    velocity = output(ours.config, ours.parameters, 4, time=time)
+    np.testing.assert_allclose(velocity, -theirs, atol=1e-4)
+    turned = output(ours.config, ours.parameters, 4, time=1 - time)
+    assert np.abs(turned + theirs).max() > 1e-2
+    with pytest.raises(UserError, match="is no SiT: it puts out 5 channels for 4"):
+        from_sit(sit._replace(out_channels=5), "x.pt")
+
+
 def test_a_runs_average_is_exported(command, folders, tmp_path):
     out = tmp_path / "exported"
     code, output, errors = command(CONVERT, f"--workdir={folders}/run", f"--out={out}")
@@ -93,6 +113,7 @@ MISTAKES = {
     "nothing to read": (["--out=T/a"], ["give either --source", "or --workdir"]),
     "two to read": (["--source=x", "--workdir=W/run", "--out=T/a"], ["give either --source"]),
     "heads of a run": (["--workdir=W/run", "--heads=2", "--out=T/a"], ["are for --source"]),
+    "a run of SiT": (["--workdir=W/run", "--sit", "--out=T/a"], ["--sit are for --source"]),
     "frequencies of a run": (
         ["--workdir=W/run", "--time_frequency_shift=0", "--out=T/a"],
         ["are for --source"],

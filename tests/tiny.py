@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from dydilit_jax.config import Config
+from dydilit_jax.config import Config, flatten
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.sharding import path_of
 from dydilit_jax.training.state import Network, TrainState, initial_state, state_shardings
@@ -157,3 +157,8 @@ def state_arrays(state: TrainState) -> dict[str, np.ndarray]:
     """All arrays of a state by path."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return to_numpy(fields)
+
+
+def flatten_fields(config: Config) -> dict[str, Any]:
+    """A config's fields by their dotted names, as flags override them."""
+    return flatten(dataclasses.asdict(config))

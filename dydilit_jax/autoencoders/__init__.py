@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dydilit_jax.autoencoders.api import Pretrained, load_autoencoder
+from dydilit_jax.autoencoders.api import Pretrained, load_autoencoder, save_autoencoder
 from dydilit_jax.autoencoders.interface import Autoencoder, Moments, images_from, latents_from
 from dydilit_jax.autoencoders.tiling import decode_tiled
 
@@ -14,4 +14,5 @@ __all__ = [
     "images_from",
     "latents_from",
     "load_autoencoder",
+    "save_autoencoder",
 ]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from dydilit_jax.autoencoders.dc import AutoencoderDC
 from dydilit_jax.autoencoders.kl import AutoencoderKL
-from dydilit_jax.autoencoders.layout import fill, parse_config
+from dydilit_jax.autoencoders.layout import config_fields, fill, parse_config, tensors_of
 from dydilit_jax.autoencoders.weights import KNOWN, WeightsFile, locate
 from dydilit_jax.errors import UserError, unknown_name
-from dydilit_jax.models.pretrained.files import CONFIG_FILE, read_config, read_tensors
+from dydilit_jax.models.pretrained.files import (
+    CONFIG_FILE,
+    DIFFUSERS_FILE,
+    read_config,
+    read_tensors,
+    write_folder,
+)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -83,3 +90,20 @@ def check_scaling(own: float, wanted: float | None, file: WeightsFile) -> None:
             f"scaling factor {wanted:g} does not belong to {str(file.path)!r} ({file.name}), which "
             f"has {own:g}: latents scaled by another factor are another data set"
         )
+
+
+def save_autoencoder(
+    folder: Path | str, autoencoder: AutoencoderKL | AutoencoderDC, *, overwrite: bool = False
+) -> None:
+    """Writes an autoencoder as diffusers would: config.json and the weights in float32.
+
+    Raises:
+      UserError: the folder is not empty and not to be overwritten, or cannot be written.
+    """
+    write_folder(
+        Path(folder),
+        DIFFUSERS_FILE,
+        tensors_of(autoencoder),
+        config_fields(autoencoder.config),
+        overwrite=overwrite,
+    )

@@ -156,20 +156,17 @@ class Level(nnx.Module):
             ResnetBlock(channels if i == 0 else features, features, groups, dtype=dtype, rngs=rngs)
             for i in range(layers)
         )
-        after = [] if resample is None else [resample(features, dtype=dtype, rngs=rngs)]
-        # The names of diffusers' weights.
-        if resample is Downsample:
-            self.downsamplers = nnx.List(after)
-        elif resample is Upsample:
-            self.upsamplers = nnx.List(after)
-        self._after = "downsamplers" if resample is Downsample else "upsamplers"
+        # Two lists, one of them or both empty: the names of diffusers' weights.
+        down, up = (
+            [kind(features, dtype=dtype, rngs=rngs)] if resample is kind else []
+            for kind in (Downsample, Upsample)
+        )
+        self.downsamplers, self.upsamplers = nnx.List(down), nnx.List(up)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, channels) to (B, H', W', features)."""
-        for block in self.resnets:
-            x = block(x)
-        for resample in getattr(self, self._after, ()):
-            x = resample(x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 

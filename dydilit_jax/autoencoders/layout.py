@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 import typing
 from collections.abc import Mapping
@@ -258,16 +257,15 @@ def tensors_of(autoencoder: AutoencoderKL | AutoencoderDC) -> dict[str, np.ndarr
     return {their_name(path): to_theirs(np.asarray(leaf[...])) for path, leaf in flat}
 
 
-def config_json(config: Sizes) -> str:
-    """The config.json that diffusers would write for this autoencoder."""
+def config_fields(config: Sizes) -> dict[str, Any]:
+    """The fields that diffusers' config.json has for this autoencoder."""
     fields: dict[str, Any] = dataclasses.asdict(config)
     if isinstance(config, KLConfig):
         levels = len(config.block_out_channels)
-        fields |= {"_class_name": KL, "act_fn": "silu"}
-        fields |= {
+        return fields | {
+            "_class_name": KL,
+            "act_fn": "silu",
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         }
-    else:
-        fields |= {"_class_name": DC, "decoder_norm_types": "rms_norm"}
-    return json.dumps(fields, indent=2) + "\n"
+    return fields | {"_class_name": DC, "decoder_norm_types": "rms_norm"}

@@ -230,6 +230,7 @@ def encode_source(
                 "data.on_error=skip and data.max_errors allow more"
             ) from error
         warn(f"skipped image {index}: {error}")
+        progress(1)
 
     def records(indices: range) -> Iterator[LatentRecord]:
         batches = read_batches(source, indices, batch_size=batch_size, threads=threads, skip=skip)

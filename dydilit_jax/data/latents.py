@@ -19,6 +19,7 @@ an autoencoder does not commute with that.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,8 @@ class Moments(NamedTuple):
     std: np.ndarray
 
 
-class LatentRecord(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatentRecord:
     """What is kept of one image; `flipped` is None where only the image itself was encoded."""
 
     index: int
@@ -266,14 +268,16 @@ class LatentSource:
             raise IndexError(f"record {index} of {len(self)}")
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         path = self.folder / self.manifest.shards[number].file
-        if number not in self._readers:
-            self._readers[number] = _reader(path)
+        # Readers are shared by threads; two of them may open one file twice, which does no harm.
+        reader = self._readers.get(number)
+        if reader is None:
+            reader = self._readers[number] = _reader(path)
         position = int(index - self._first[number])
         try:
-            (data,) = self._readers[number].read([position])
+            (data,) = reader.read([position])
         except (RuntimeError, ValueError, IndexError) as error:
             # A reader that failed once may not go on.
-            del self._readers[number]
+            self._readers.pop(number, None)
             raise UserError(f"record {position} of {str(path)!r} is damaged: {error}") from error
         return decode_record(data, self.manifest)
 

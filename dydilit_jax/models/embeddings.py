@@ -27,13 +27,18 @@ def sincos_position(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
-def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES, shift: int = 0) -> jax.Array:
-    """Cosines then sines of time at geometric frequencies: (B,) to (B, frequencies) float32.
+def time_frequencies(frequencies: int = FREQUENCIES, shift: int = 0) -> np.ndarray:
+    """Frequencies of `sinusoidal_time`, (frequencies / 2,) float64, from 1 downwards.
 
-    Frequency i is 10000^(-i / (frequencies / 2 - shift)); shift 1 reaches 1/10000, 0 not quite.
+    The i-th is 10000^(-i / (frequencies / 2 - shift)); shift 1 reaches 1/10000, 0 not quite.
     """
     half = frequencies // 2
-    frequency = jnp.exp(-np.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    return MAX_PERIOD ** (-np.arange(half) / (half - shift))
+
+
+def sinusoidal_time(time: jax.Array, frequencies: int = FREQUENCIES, shift: int = 0) -> jax.Array:
+    """Cosines then sines of time at geometric frequencies: (B,) to (B, frequencies) float32."""
+    frequency = jnp.asarray(time_frequencies(frequencies, shift), jnp.float32)
     angles = time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dydilit_jax.config import SamplingConfig
@@ -97,4 +98,6 @@ def generate_images(
         images = generate(
             parameters, key, jax.device_put(indices, sharding), jax.device_put(wanted, sharding)
         )
+        if jax.process_count() > 1:
+            images = multihost_utils.process_allgather(images, tiled=True)
         yield np.asarray(images)[: len(labels) - start]

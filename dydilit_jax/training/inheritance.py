@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dydilit_jax.config import DistillationConfig
+from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.diffusion.process import Process
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.config import ModelConfig
@@ -30,9 +31,10 @@ def inherited_state(network: Network, state: TrainState, checkpoint: str) -> Tra
     """The state at step 0 with what a checkpoint has in common with the network; tells what.
 
     Raises:
-      UserError: no such checkpoint, a damaged one, or one of another depth or width.
+      UserError: no such checkpoint, a damaged one, or one of another depth, width or scale of time.
     """
     pretrained = read_pretrained(checkpoint)
+    _check_time_scale(pretrained, network.process, checkpoint)
     parameters, taken, new = inherit(
         state.parameters, network.config.model, pretrained.parameters, pretrained.config
     )
@@ -122,9 +124,26 @@ def _check_teacher(
         theirs, ours = getattr(teacher.config, field), getattr(student, field)
         if theirs != ours:
             raise UserError(f"teacher {source!r} has {field} {theirs}, the student {ours}")
+    _check_time_scale(teacher, process, source)
     expected = process.output_channels(student.channels)
     if teacher.out_channels != expected:
         raise UserError(
             f"teacher {source!r} puts out {teacher.out_channels} channels, the process "
             f"{type(process).__name__} wants {expected}: it was trained for another process"
+        )
+
+
+def _check_time_scale(pretrained: Pretrained, process: Process, source: str) -> None:
+    """A flow's network knows times on one scale alone, which `convert` keeps beside the weights."""
+    diffusion = pretrained.extra.get("diffusion")
+    if not isinstance(process, RectifiedFlow) or not isinstance(diffusion, dict):
+        return
+    flow = diffusion.get("flow")
+    if diffusion.get("process") != "flow" or not isinstance(flow, dict):
+        return
+    scale = flow.get("time_scale", process.time_scale)
+    if scale != process.time_scale:
+        raise UserError(
+            f"{source!r} was trained with diffusion.flow.time_scale {scale}, this run has "
+            f"{process.time_scale}: set it to the same"
         )

@@ -1,17 +1,16 @@
 """The training run: from a config and a workdir to checkpoints, metrics and samples.
 
 Step n is dispatched before the metrics of step n - 1 are read, so that the device never waits for
-the host; a checkpoint is written only after its own step's metrics were seen to be finite.
+the host. Where the state itself is used, to save it or to draw with it, its own step's metrics are
+read first. A step gone bad is left to training/recovery.py, being asked to stop to interruption.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,25 @@ from jax.sharding import Mesh
 from dydilit_jax.config import Config
 from dydilit_jax.data.load import load_data
 from dydilit_jax.data.prefetch import DevicePrefetch
-from dydilit_jax.drawing import draw_grid, save_png
 from dydilit_jax.errors import UserError
-from dydilit_jax.metrics.pixels import pixel_scores
+from dydilit_jax.training.agreement import common_text, raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
-from dydilit_jax.training.generation import generate_images
+from dydilit_jax.training.evaluation import Evaluation
+from dydilit_jax.training.guard import WATCHED, not_finite
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
-from dydilit_jax.training.optimizer import ema_parameters
+from dydilit_jax.training.interruption import Interruption, stop_signals
+from dydilit_jax.training.lock import WorkdirLock, locked
 from dydilit_jax.training.progress import Progress
+from dydilit_jax.training.recovery import Recovery, due
 from dydilit_jax.training.sharding import batch_sharding, check_batch, make_mesh
 from dydilit_jax.training.state import Network, TrainState, abstract_state, create_state
 from dydilit_jax.training.step import Batch, Metrics, compile_step
+from dydilit_jax.training.storage import tolerated, warn
 from dydilit_jax.training.telemetry import summarize
-from dydilit_jax.training.writers import Writers, read_metrics, truncate_metrics
+from dydilit_jax.training.writers import Writers, truncate_metrics
 
-SAMPLE_SEED = 0
-GRID_COLUMNS = 10
+LAST_ATTEMPTS, RETRY_SECONDS = 3, 2.0
+RETRY_PARTS = 10  # tries again after this part of checkpoint_every
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
@@ -49,38 +51,19 @@ def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     }
 
 
-def check_finite(step: int, metrics: Metrics, saved: int | None) -> None:
-    """Waits for a step's metrics; raises UserError if loss, gradients or updates are not finite."""
-    for name in ("loss", "gradient_norm", "update_norm"):
-        value = float(metrics[name])
-        if not math.isfinite(value):
-            kept = "no checkpoint was written" if saved is None else f"checkpoint {saved} is kept"
-            raise UserError(
-                f"{name} is {value} at step {step}, training stops; {kept}. Lower "
-                "optimizer.learning_rate, set optimizer.clip_norm, or compute in float32"
-            )
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """A step that was handed to the devices.
 
+    Attributes:
+      step: its number; the first is 1.
+      metrics: of it, not yet waited for.
+      position: of the data after its batch.
+    """
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question, to be asked between steps; a second one kills."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
-        return
-    previous = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, _: Any) -> None:
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for name in previous:
-        signal.signal(name, handle)
-    try:
-        yield stop.is_set
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+    step: int
+    metrics: Metrics
+    position: dict[str, Any]
 
 
 class Run:
@@ -102,85 +85,159 @@ class Run:
             batches, lambda batch: to_mesh(batch, self.mesh), depth=config.data.prefetch
         )
         self.teacher = load_teacher(self.network, self.mesh)
-        open_workdir(workdir, config)
-        self.checkpointer = Checkpointer(workdir, keep=config.train.keep_checkpoints)
+        self.recovery = Recovery()
+
+    def open(self, lock: WorkdirLock | None, requested: threading.Event) -> None:
+        """Prepares the workdir, which the run holds from now on, and what writes to it."""
+        train = self.config.train
+        with raised_together():
+            open_workdir(self.workdir, self.config)
+        self.lock = lock
+        self.interruption = Interruption(self.mesh, requested)
+        self.checkpointer = Checkpointer(
+            self.workdir, keep=train.keep_checkpoints, keep_every=train.keep_every
+        )
+        self.progress = Progress(train.steps, self.config.data.batch_size)
+        self.writers = Writers(self.workdir)
+        self.evaluation = Evaluation(
+            self.network, self.mesh, self.source, self.workdir, self.writers, self.interruption
+        )
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self.batches.close()
+        try:
+            self.checkpointer.close()
+        finally:
+            with tolerated("metrics"):
+                self.writers.close()
 
     def start(self) -> TrainState:
-        """The newest checkpoint's state, with the batches moved to its position; or a new one."""
-        step = self.checkpointer.latest_step()
-        if step is None:
-            truncate_metrics(self.workdir, 0)
-            state = create_state(self.network, self.mesh)
-            source = self.config.inheritance.checkpoint
-            return inherited_state(self.network, state, source) if source else state
-        state, position = self.checkpointer.restore(abstract_state(self.network, self.mesh))
-        self.batches.set_state(position)
-        truncate_metrics(self.workdir, step)
+        """The newest good checkpoint's state, with the data moved to its place; or a new one."""
+        restored = self.checkpointer.resume(abstract_state(self.network, self.mesh))
+        self.checkpointer.discard_unfinished()
+        if restored is None:
+            self._truncate_metrics(0)
+            return self._new_state()
+        state, saved = restored
+        step = int(state.step)
+        self.batches.set_state(saved["position"])
+        self.recovery = Recovery.from_json(saved["recovery"])
+        self._truncate_metrics(step)
         print(f"resumed from {self.workdir} at step {step}", flush=True)
         return state
 
-    def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
-        """Images (n, H, W, C) for labels (n,), drawn with the averaged parameters."""
-        parameters = ema_parameters(state.ema, self.config.optimizer)
-        batches = generate_images(
-            self.network,
-            parameters,
-            labels,
-            seed=SAMPLE_SEED,
-            config=self.config.sampling,
-            mesh=self.mesh,
-        )
-        return np.concatenate(list(batches))
+    def review(self, done: Dispatched, log: bool) -> str | None:
+        """Waits for a step's metrics, judges and logs them; says what is bad, None if nothing is.
 
-    def grid_labels(self) -> np.ndarray:
-        """Labels of the sample grid, row by row: up to ten classes, spread over all."""
-        classes = self.config.model.num_classes
-        columns = np.unique(np.linspace(0, classes - 1, min(GRID_COLUMNS, classes)).astype(int))
-        return np.tile(columns, self.config.sampling.grid_rows)
+        Raises:
+          UserError: the step is not finite, and the run is to stop at that.
+        """
+        train = self.config.train
+        watched = jax.device_get({name: done.metrics[name] for name in WATCHED})
+        values = {name: float(value) for name, value in watched.items()}
+        problem = self.recovery.review(values, train)
+        if train.nonfinite == "stop" and (bad := not_finite(values)):
+            self.checkpointer.wait()
+            saved = self.checkpointer.latest_step()
+            kept = "no checkpoint was written" if saved is None else f"checkpoint {saved} is kept"
+            raise UserError(
+                f"{bad} at step {done.step}, training stops; {kept}. Lower "
+                "optimizer.learning_rate, set optimizer.clip_norm, or compute in float32"
+            )
+        if problem is not None and jax.process_index() == 0:
+            what = "skipped" if not_finite(values) else "bad"
+            warn(f"step {done.step} is {what}: {problem} ({self.recovery.streak} in a row)")
+        if log:
+            scalars, usages = summarize(jax.device_get(done.metrics))
+            scalars |= self.progress.report(done.step, scalars["loss"])
+            scalars |= {
+                "skipped_steps": self.recovery.skipped,
+                "rollbacks": len(self.recovery.rollbacks),
+            }
+            with tolerated(f"metrics of step {done.step}"):
+                self.writers.scalars(done.step, scalars, usages)
+        return problem
 
-    def draw_samples(
-        self, step: int, images: np.ndarray, labels: np.ndarray, writers: Writers
-    ) -> Path:
-        """Writes the sample grid of a step to the workdir and TensorBoard."""
-        path = self.workdir / "samples" / f"step_{step:06d}.png"
-        scale = self.config.sampling.guidance_scale
-        picture = draw_grid(
-            images,
-            columns=len(np.unique(labels)),
-            title=f"{self.config.data.source}, step {step}, guidance {scale:g}, averaged weights",
-            labels=[self.source.label_names[label] for label in labels],
-        )
-        if jax.process_index() == 0:
-            path.parent.mkdir(exist_ok=True)
-            save_png(picture, path)
-        writers.image(step, "samples", picture)
-        return path
+    def go_back(self, bad: Dispatched, problem: str) -> TrainState:
+        """The last good checkpoint's state, with the data after the last bad batch.
 
-    def evaluate(self, state: TrainState, writers: Writers) -> None:
-        """Draws and scores class-balanced samples, and tells where the grid is and how good."""
+        Raises:
+          UserError: it went back to there too often.
+        """
+        self.progress.pause()
+        abstract = abstract_state(self.network, self.mesh)
+        restored = self.checkpointer.resume(abstract, scheduled=True)
+        restored = restored or self.checkpointer.resume(abstract)
+        if restored is None:
+            state, remembered = self._new_state(), Recovery()
+        else:
+            state, remembered = restored[0], Recovery.from_json(restored[1]["recovery"])
         step = int(state.step)
-        count = self.config.evaluation.num
-        scores = next(
-            (r for r in read_metrics(self.workdir) if r["step"] == step and "label_agreement" in r),
-            None,
+        self.recovery = self.recovery.rolled_back(
+            remembered, step, bad.step, problem, self.config.train.max_rollbacks
         )
-        grid = self.workdir / "samples" / f"step_{step:06d}.png"
-        if scores is None or not grid.is_file():
-            print(f"drawing {count} samples to score ...", file=sys.stderr, flush=True)
-            labels = np.arange(count) % self.config.model.num_classes
-            images = self.samples(state, labels)
-            grid_labels = self.grid_labels()
-            self.draw_samples(step, self.samples(state, grid_labels), grid_labels, writers)
-            scores = pixel_scores(images, labels, self.source)
-            writers.scalars(step, scores)
-        ratio = scores["pixel_frechet"] / scores["pixel_frechet_floor"]
-        print(f"sample grid: {grid}")
-        print(f"label_agreement: {scores['label_agreement']:.1%} of {count} samples")
-        print(
-            f"pixel_frechet: {scores['pixel_frechet']:.3f}, {ratio:.2f} times "
-            f"pixel_frechet_floor {scores['pixel_frechet_floor']:.3f}",
-            flush=True,
+        self.checkpointer.discard_after(step)
+        self.batches.set_state(bad.position)
+        self._truncate_metrics(step)
+        if jax.process_index() == 0:
+            where = f"checkpoint {step}" if restored else "the start"
+            warn(
+                f"{self.config.train.rollback_after} bad steps up to step {bad.step}: back to "
+                f"{where}, and on without the batches in between"
+            )
+        self.progress.start(step)
+        return state
+
+    def save(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
+        """Starts saving a checkpoint."""
+        with raised_together():
+            if self.lock is not None:
+                self.lock.check()
+        self.progress.pause()
+        data = {"position": position, "recovery": self.recovery.to_json()}
+        self.checkpointer.save(state, data, scheduled)
+        self.progress.resume()
+
+    def save_last(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
+        """Saves the checkpoint that a run ends with, and waits until it is on disk.
+
+        Raises:
+          UserError: the storage takes nothing, several times.
+        """
+        for attempt in range(LAST_ATTEMPTS):
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            self.save(state, position, scheduled)
+            self.checkpointer.wait()
+            failed = self.checkpointer.failed_step is not None
+            if common_text("failed" if failed else None) is None:
+                return
+        saved = self.checkpointer.latest_step()
+        raise UserError(
+            f"the checkpoint of step {int(state.step)} could not be written to "
+            f"{str(self.workdir)!r}; "
+            + ("there is none" if saved is None else f"the last one is that of step {saved}")
         )
+
+    def wants_retry(self, step: int) -> bool:
+        """Whether to try again, between two checkpoints, what the storage did not take.
+
+        Not with several processes: each learns of a failure at its own time, and saving is done
+        together. They try again when the next checkpoint is due.
+        """
+        failed = self.checkpointer.failed_step
+        wait = max(1, self.config.train.checkpoint_every // RETRY_PARTS)
+        return failed is not None and jax.process_count() == 1 and step >= failed + wait
+
+    def _new_state(self) -> TrainState:
+        state = create_state(self.network, self.mesh)
+        source = self.config.inheritance.checkpoint
+        return inherited_state(self.network, state, source) if source else state
+
+    def _truncate_metrics(self, step: int) -> None:
+        if jax.process_index() == 0:
+            truncate_metrics(self.workdir, step)
 
 
 def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> TrainState:
@@ -188,77 +245,81 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
 
     Args:
       config: the run's config.
-      workdir: where checkpoints, metrics and samples go.
-      stop_step: stop after this step, with a checkpoint, as a signal would.
+      workdir: where everything is written; made if it does not exist.
+      stop_step: stop when so many steps are done, as if interrupted.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: a config, workdir or data that do not fit; a loss that is not finite.
+      UserError: a config, workdir or data that do not fit; a workdir in use; a run gone bad.
     """
     run = Run(config, workdir)
-    writers = Writers(workdir)
-    try:
-        with stop_signals() as stop_requested:
-            state = _loop(
-                run, writers, stop_requested, min(stop_step or math.inf, config.train.steps)
-            )
-        if int(state.step) >= config.train.steps and config.evaluation.num:
-            run.evaluate(state, writers)
-    finally:
-        run.batches.close()
-        run.checkpointer.close()
-        writers.close()
+    with locked(workdir) as lock, stop_signals() as requested:
+        run.open(lock, requested)
+        try:
+            state = _loop(run, min(stop_step or math.inf, config.train.steps))
+            if int(state.step) >= config.train.steps and config.evaluation.num:
+                run.evaluation.score(state)
+        finally:
+            run.close()
     return state
 
 
-def _loop(
-    run: Run, writers: Writers, stop_requested: Callable[[], bool], last_step: float
-) -> TrainState:
-    config, intervals = run.config, run.config.train
+def _loop(run: Run, last_step: float) -> TrainState:
+    intervals = run.config.train
     state = run.start()
     first = step = int(state.step)
     if step >= last_step:
         print(f"{run.workdir} is finished: {step} steps", flush=True)
         return state
+    shown = run.config.evaluation.num and intervals.steps  # The last grid comes with the scores.
+    stop = False
+    if step and due(step, intervals.sample_every) and not run.evaluation.has_grid(step):
+        stop = not run.evaluation.draw_grid(state)  # The run had ended before it was drawn.
     train_step = compile_step(run.network, run.mesh, run.teacher)
-    progress = Progress(intervals.steps, config.data.batch_size)
-    previous: tuple[int, Metrics] | None = None
-    while step < last_step:
+    previous: Dispatched | None = None
+    while not stop:
         batch = next(run.batches)
         state, metrics = train_step(state, batch)
         step += 1
-        if previous is not None:
-            check_finite(*previous, run.checkpointer.latest_step())
-        previous = (step, metrics)
+        newest = Dispatched(step, metrics, run.batches.get_state())
+        run.interruption.propose()
         if step == first + 1:
             # Compilation is no part of the rate.
             jax.block_until_ready(metrics)
-            progress.start(step)
-        stop = step >= last_step or stop_requested()
-        if _due(step, intervals.log_every) or stop:
-            scalars, usages = summarize(jax.device_get(metrics))
-            check_finite(step, metrics, run.checkpointer.latest_step())
-            scalars |= progress.report(step, scalars["loss"])
-            writers.scalars(step, scalars, usages)
-        if _due(step, intervals.checkpoint_every) or stop:
-            progress.pause()
-            check_finite(step, metrics, run.checkpointer.latest_step())
-            run.checkpointer.save(state, run.batches.get_state())
-            progress.resume()
-        finished = step >= intervals.steps and config.evaluation.num
-        if _due(step, intervals.sample_every) and not finished:
-            progress.pause()
-            labels = run.grid_labels()
-            run.draw_samples(step, run.samples(state, labels), labels, writers)
-            progress.resume()
+            run.progress.start(step)
+
+        # Review the step before, and this one too if its state is about to be used.
+        reviewed, problem = previous, None
+        if previous is not None:
+            problem = run.review(previous, log=due(previous.step, intervals.log_every))
+        streak = run.recovery.streak
+        stop = run.interruption.agreed() or step >= last_step
+        draws = due(step, intervals.sample_every) and step != shown
+        saves = due(step, intervals.checkpoint_every, streak)
+        retries = run.wants_retry(step)
+        used = stop or draws or saves or retries or streak > 0
+        if used and not (problem and streak >= intervals.rollback_after):
+            reviewed = newest
+            problem = run.review(newest, log=stop or due(step, intervals.log_every))
+        previous = None if used else newest
+        if reviewed is not None and problem and run.recovery.streak >= intervals.rollback_after:
+            del state
+            state = run.go_back(reviewed, problem)
+            step, stop, previous = int(state.step), False, None
+            continue
+
+        # Save, and show.
+        scheduled = bool(saves and not run.recovery.streak)
+        if scheduled or (retries and not stop):
+            run.save(state, newest.position, scheduled)
+        if draws and not (stop and step < last_step):
+            run.progress.pause()
+            stop = not run.evaluation.draw_grid(state) or stop
+            run.progress.resume()
         if stop:
-            break
+            run.save_last(state, newest.position, scheduled)
     if step < intervals.steps:
         print(f"stopped at step {step} of {intervals.steps}; run again to go on", flush=True)
     return state
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dydilit_jax.diffusion.process import example_keys
 from dydilit_jax.models.attention.projections import Telemetry
+from dydilit_jax.training.guard import keep_if_not_finite
 from dydilit_jax.training.inheritance import Teacher
 from dydilit_jax.training.optimizer import learning_rate_schedule, make_ema, make_optimizer
 from dydilit_jax.training.sharding import batch_sharding, replicated
@@ -104,7 +105,7 @@ def make_step(network: Network, teacher: Teacher | None = None) -> TrainStep:
             ema=ema_state,
             key=state.key,
         )
-        return new_state, metrics
+        return keep_if_not_finite(state, new_state, metrics), metrics
 
     return step
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from dydilit_jax.training.integrity import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,8 +27,15 @@ class JsonLines:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes `{"step": step, **values}`; numbers that are not finite become null."""
         record = {"step": step} | {name: _plain(value) for name, value in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError:
+            # The next line is not to follow on half of this one.
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            raise
 
 
 def _plain(value: Any) -> Any:
@@ -55,7 +66,7 @@ def truncate_metrics(workdir: Path, step: int) -> None:
     kept = [record for record in read_metrics(workdir) if record["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if text != path.read_text():
-        path.write_text(text)
+        write_atomically(path, text)
 
 
 class Writers:

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dydilit_jax.autoencoders import load_autoencoder
+from dydilit_jax.autoencoders import load_autoencoder, save_autoencoder
 from dydilit_jax.autoencoders import weights as module
 from dydilit_jax.autoencoders.dc import DCConfig
 from dydilit_jax.autoencoders.kl import KLConfig
-from dydilit_jax.autoencoders.layout import abstract, config_json, parse_config, their_name
+from dydilit_jax.autoencoders.layout import abstract, config_fields, parse_config, their_name
 from dydilit_jax.autoencoders.weights import KNOWN, identity, locate, sha256_of
 from dydilit_jax.errors import UserError
 
@@ -80,7 +80,20 @@ def test_config_survives_its_json():
         KLConfig(block_out_channels=(32, 64), layers_per_block=1),
         DCConfig(latent_channels=16, downsample_block_type="pixel_unshuffle"),
     ):
-        assert parse_config(json.loads(config_json(config)), "here") == config
+        assert parse_config(json.loads(json.dumps(config_fields(config))), "here") == config
+
+
+def test_what_is_saved_is_what_diffusers_saved(tmp_path):
+    """The file of weights has the same tensors; they were rounded to half precision there."""
+    save_autoencoder(tmp_path / "kl", load_autoencoder(str(FIXTURES / "kl")).autoencoder)
+    ours, theirs = load_file(tmp_path / "kl" / WEIGHTS), load_file(FIXTURES / "kl" / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor.astype(np.float32), err_msg=name)
+    fields = [json.loads((f / "kl" / "config.json").read_text()) for f in (tmp_path, FIXTURES)]
+    assert fields[0].items() <= fields[1].items()
+    with pytest.raises(UserError, match="is not empty"):
+        save_autoencoder(tmp_path / "kl", load_autoencoder(str(FIXTURES / "kl")).autoencoder)
 
 
 def test_a_pipelines_folder_is_entered(folder, tmp_path):

@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.kernels.depthwise.api import IMPLEMENTATIONS, depthwise_conv
+from dydilit_jax.kernels.depthwise import pallas_tpu
+from dydilit_jax.kernels.depthwise.api import PLAIN, depthwise_conv
+from dydilit_jax.kernels.dydila.sharding import CoreSharding
+from dydilit_jax.kernels.platform import tracing_for
 
 # Unit roundoff of the dtype, times a few for the sums; errors are relative to the largest entry.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float64": 1e-14}
@@ -71,7 +78,7 @@ def assert_close(computed, expected, dtype):
         assert error <= TOLERANCE[dtype] * np.abs(value).max(), name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize(
     ("k", "dtype"), [(1, "float32"), (3, "float32"), (5, "float32"), (3, "bfloat16")]
 )
@@ -83,7 +90,7 @@ def test_output_and_gradients(k, dtype, implementation):
     assert result["dkernel"].dtype == result["dbias"].dtype == "float32"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_float64_and_finite_differences(implementation):
     with jax.enable_x64(True):
         inputs = make_inputs("float64")
@@ -112,13 +119,13 @@ def test_kernel_is_not_flipped():
     """A kernel that is 1 at its upper left copies the pixel above and to the left."""
     x = jnp.arange(12.0).reshape(1, 3, 4, 1)
     kernel = jnp.zeros((3, 3, 1)).at[0, 0].set(1.0)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in PLAIN:
         y = depthwise_conv(x, kernel, implementation=implementation)
         np.testing.assert_array_equal(y[0, 1:, 1:, 0], x[0, :-1, :-1, 0])
         np.testing.assert_array_equal(y[0, 0], 0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_without_bias_inside_scan_and_checkpoint(implementation):
     x, kernel, _, dy = map(jnp.asarray, make_inputs("float32"))
     kernels = jnp.stack([kernel, 0.5 * kernel])
@@ -147,7 +154,7 @@ def test_without_bias_inside_scan_and_checkpoint(implementation):
 def test_bfloat16_kernel_gradient_sums_in_float32():
     """1,050 equal terms: bfloat16 cannot hold the sum."""
     x = jnp.ones((5, 16, 15, 1), jnp.bfloat16)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in PLAIN:
         _, _, gradient, _ = value_and_vjp(x, jnp.ones((3, 3, 1)), jnp.ones(1), x, implementation)
         assert float(gradient[0, 0, 0]) == 5 * 15 * 14
 
@@ -172,3 +179,138 @@ def test_errors_are_one_line():
     assert "odd k" in message(x, jnp.ones((2, 2, 3)))
     assert "odd k" in message(x, jnp.ones((3, 5, 3)))
     assert "bias (4,)" in message(x, kernel, jnp.ones(4))
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Run the TPU kernels on this CPU, with loops that compile quickly."""
+    monkeypatch.setattr(pallas_tpu, "UNROLL", 1)
+    with tracing_for("tpu", interpret=True):
+        yield
+
+
+def assert_as_exact_as_shifted(inputs):
+    """Every result of the kernels errs no more than twice what the shifted form's does."""
+    kernels, shifted = (computed(inputs, name) for name in ("pallas_tpu", "shifted"))
+    for name, value in expected(*inputs).items():
+        errors = [
+            np.abs(np.asarray(result[name], np.float64) - value).max()
+            for result in (kernels, shifted)
+        ]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * np.abs(value).max(), name
+        assert kernels[name].dtype == shifted[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "dtype"),
+    [
+        ((3, 5, 7, 256), 5, "float32"),
+        ((2, 16, 16, 128), 3, "bfloat16"),
+        ((1, 1, 2, 128), 5, "bfloat16"),
+        ((2, 9, 1, 128), 1, "float32"),
+    ],
+)
+def test_tpu_kernels(tpu, shape, k, dtype, monkeypatch):
+    """One image in a program, so that sums and borders live through several."""
+    monkeypatch.setattr(pallas_tpu, "PIXELS", 1)
+    assert_as_exact_as_shifted(make_inputs(dtype, shape, k))
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 10), st.integers(1, 18), st.just(128)),
+    k=st.sampled_from([3, 5]),
+)
+def test_tpu_kernels_of_any_shape(shape, k):
+    with pytest.MonkeyPatch.context() as patch, tracing_for("tpu", interpret=True):
+        patch.setattr(pallas_tpu, "UNROLL", 1)
+        assert_as_exact_as_shifted(make_inputs("float32", shape, k))
+
+
+def test_tpu_kernels_have_no_races_and_repeat_bitwise(tpu, capfd, monkeypatch):
+    """On two cores, in memory that is NaN before it is written."""
+    monkeypatch.setattr(pallas_tpu, "PIXELS", 1)
+    x, kernel, bias, dy = make_inputs("float32", (2, 3, 4, 256))
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with tracing_for("tpu", interpret=interpret):
+        convolution, gradient = jax.jit(pallas_tpu.convolution), jax.jit(pallas_tpu.gradient)
+        first, second = ((convolution(x, kernel, bias), *gradient(x, kernel, dy)) for _ in range(2))
+    assert "RACE" not in capfd.readouterr().out
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+    named = dict(zip(("y", "dx", "dkernel", "dbias"), first, strict=True))
+    assert_close(named, expected(x, kernel, bias, dy), "float32")
+
+
+@pytest.mark.parametrize("ambient", [True, False])
+def test_tpu_kernels_on_a_mesh(tpu, ambient):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3)
+    inputs = make_inputs("float32", (8, 3, 4, 128))
+    explicit = None if ambient else CoreSharding(mesh, ("data", "fsdp"))
+
+    @jax.jit
+    def run(x, kernel, bias, dy):
+        def of_inputs(x, kernel, bias):
+            return depthwise_conv(x, kernel, bias, implementation="pallas_tpu", sharding=explicit)
+
+        y, vjp = jax.vjp(of_inputs, x, kernel, bias)
+        return y, *vjp(dy)
+
+    if ambient:
+        with jax.set_mesh(mesh):
+            results = run(*inputs)
+    else:
+        results = run(*inputs)
+    assert len(results[0].sharding.device_set) == 8
+    named = dict(zip(("y", "dx", "dkernel", "dbias"), results, strict=True))
+    assert_close(named, expected(*inputs), "float32")
+
+
+def test_tpu_kernels_without_bias(tpu):
+    x, kernel, _, dy = make_inputs("float32", (1, 3, 4, 128))
+    y, vjp = jax.vjp(
+        lambda x, kernel: depthwise_conv(x, kernel, implementation="pallas_tpu"), x, kernel
+    )
+    wanted = expected(x, kernel, np.zeros(128), dy)
+    named = dict(zip(("y", "dx", "dkernel"), (y, *vjp(jnp.asarray(dy))), strict=True))
+    assert_close(named, {name: wanted[name] for name in named}, "float32")
+
+
+def test_default_on_a_tpu():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def has_kernel(shape):
+        jaxpr = jax.make_jaxpr(lambda *a: depthwise_conv(*a))(
+            jnp.zeros(shape), jnp.zeros((3, 3, shape[-1]))
+        )
+        return "pallas_call" in str(jaxpr)
+
+    with tracing_for("tpu"):
+        assert not has_kernel((128, 16, 16, 128)), "eight devices and nothing said of them"
+        with jax.set_mesh(mesh):
+            assert has_kernel((128, 16, 16, 128))
+            assert not has_kernel((120, 16, 16, 128)), "too few pixels on each device"
+            assert not has_kernel((12, 64, 64, 128)), "batch does not divide"
+            assert not has_kernel((128, 16, 16, 96))
+    with jax.set_mesh(mesh):
+        assert not has_kernel((128, 16, 16, 128)), "traced for CPU"
+
+
+def test_what_tpu_kernels_cannot_run():
+    def message(x):
+        with pytest.raises(UserError) as error:
+            depthwise_conv(x, jnp.ones((3, 3, x.shape[-1])), implementation="pallas_tpu")
+        assert "\n" not in str(error.value)
+        assert "'shifted'" in str(error.value)
+        return str(error.value)
+
+    x = jnp.ones((2, 4, 4, 128))
+    assert "traced for cpu" in message(x)
+    with tracing_for("tpu"):
+        assert "multiples of 128" in message(x[..., :96])
+        assert "bfloat16 and float32" in message(x.astype(jnp.float16))
+        assert "nothing" in message(x[:0])
+        assert "VMEM" in message(jnp.ones((1, 256, 256, 128)))
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            assert "do not divide" in message(x)

@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.kernels.grouped_projection import api, xla
+from dydilit_jax.kernels.dydila.sharding import CoreSharding
+from dydilit_jax.kernels.grouped_projection import api, pallas_tpu, tpu_kernels, xla
 from dydilit_jax.kernels.grouped_projection.api import grouped_projection
 from dydilit_jax.kernels.grouped_projection.reference import dense
+from dydilit_jax.kernels.platform import tracing_for
 
 IMPLEMENTATIONS = ["dense", "blocks"]
 # Unit roundoff of the dtype, times a few for the sums; errors are relative to the largest entry.
@@ -23,9 +29,17 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1.2e-2, "float64": 1e-14}
 class Case:
     """Inputs in float64 numpy, rounded to the dtypes that the projection will see."""
 
-    def __init__(self, dtype="float32", banks=3, tokens=300, routing="random", one_hot=False):
+    def __init__(
+        self,
+        dtype="float32",
+        banks=3,
+        tokens=300,
+        routing="random",
+        one_hot=False,
+        widths=(6, 5),
+    ):
         rng = np.random.default_rng(0)
-        D, E = 6, 5
+        D, E = widths
         self.dtype = dtype
         self.index = {
             "random": rng.integers(0, banks, size=tokens),
@@ -223,7 +237,7 @@ def test_default_follows_the_platform_of_the_lowering():
     assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "while" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert api._choice(jnp.zeros((4096, 8)), jnp.zeros((1, 8, 8))) == "dense"
+    assert api._default(jnp.zeros((4096, 8)), jnp.zeros((1, 8, 8)), None) == "dense"
 
 
 def test_default_equals_the_specification():
@@ -275,3 +289,166 @@ def test_errors_are_one_line():
     assert "(2, 5, 3)" in message(x, bank, weights[..., :2], index)
     assert "(2, 5)" in message(x, bank, weights, index[0])
     assert "integers" in message(x, bank, weights, index.astype(jnp.float32))
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Run the TPU kernels on this CPU, in blocks of 128 tokens; loops that compile quickly."""
+    monkeypatch.setattr(pallas_tpu, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(tpu_kernels, "UNROLL", 1)
+    with tracing_for("tpu", interpret=True):
+        yield
+
+
+def assert_as_exact_as_dense(case, straight_through):
+    """Every result of the kernels errs no more than twice what the dense form's does."""
+    kernels, dense = (case.computed(straight_through, name) for name in ("pallas_tpu", "dense"))
+    for name, value in case.expected(straight_through).items():
+        errors = [
+            np.abs(np.asarray(result[name], np.float64) - value).max()
+            for result in (kernels, dense)
+        ]
+        assert errors[0] <= 2 * errors[1] + 1e-6 * np.abs(value).max(), name
+        assert kernels[name].dtype == dense[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "straight_through", "routing"),
+    [
+        (1, "bfloat16", True, "random"),
+        (7, "float32", False, "random"),
+        (127, "float32", True, "empty bank"),
+        (129, "bfloat16", False, "one bank"),
+        (300, "float32", True, "one bank"),
+        (300, "float32", False, "empty bank"),
+        (300, "bfloat16", True, "random"),
+    ],
+)
+def test_tpu_kernels(tpu, tokens, dtype, straight_through, routing):
+    """300 tokens are three blocks for two cores, the last with rows that no token fills."""
+    case = Case(dtype, 3, tokens, routing, widths=(256, 128))
+    assert_as_exact_as_dense(case, straight_through)
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@given(
+    tokens=st.integers(1, 200),
+    banks=st.integers(1, 5),
+    widths=st.tuples(st.sampled_from([128, 384]), st.sampled_from([128, 256])),
+    straight_through=st.booleans(),
+)
+def test_tpu_kernels_of_any_shape(tokens, banks, widths, straight_through):
+    with pytest.MonkeyPatch.context() as patch, tracing_for("tpu", interpret=True):
+        patch.setattr(pallas_tpu, "LARGEST_BLOCK", 128)
+        patch.setattr(tpu_kernels, "UNROLL", 1)
+        assert_as_exact_as_dense(Case("float32", banks, tokens, widths=widths), straight_through)
+
+
+def test_tpu_kernels_repeat_bitwise(tpu):
+    case = Case("float32", 3, 7, widths=(256, 128))
+    first, second = (case.computed(False, "pallas_tpu") for _ in range(2))
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value)
+
+
+def test_tpu_kernels_have_no_races(tpu, capfd):
+    """On two cores, in memory that is NaN before it is written."""
+    case = Case("float32", 3, 130, widths=(128, 128))
+    inputs = (case.x, case.bank, case.weights, case.index)
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with tracing_for("tpu", interpret=interpret):
+        y = jax.jit(pallas_tpu.projection)(*inputs)
+        gradients = jax.jit(pallas_tpu.gradient, static_argnums=5)(*inputs, case.dy, True)
+    assert "RACE" not in capfd.readouterr().out
+    named = dict(zip(("y", "dx", "dbank", "dweights"), (y, *gradients), strict=True))
+    assert_close(named, case.expected(True), "float32")
+
+
+@pytest.mark.parametrize("ambient", [True, False])
+def test_tpu_kernels_on_a_mesh(tpu, ambient):
+    """Four batches by two halves of the sequence: every device routes its own tokens."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "sequence"), axis_types=(AxisType.Auto,) * 3)
+    case = Case("float32", 3, 4 * 20, widths=(128, 128))
+    x, weights, dy = (a.reshape(4, 20, -1) for a in (case.x, case.weights, case.dy))
+    explicit = None if ambient else CoreSharding(mesh, ("data", "fsdp"), "sequence")
+
+    @jax.jit
+    def run(x, bank, weights, index, dy):
+        def of_inputs(x, bank, weights):
+            return grouped_projection(
+                x,
+                bank,
+                weights,
+                index,
+                straight_through=True,
+                implementation="pallas_tpu",
+                sharding=explicit,
+            )
+
+        y, vjp = jax.vjp(of_inputs, x, bank, weights)
+        return y, *vjp(dy)
+
+    arguments = (x, case.bank, weights, case.index.reshape(4, 20), dy)
+    if ambient:
+        with jax.set_mesh(mesh):
+            results = run(*arguments)
+    else:
+        results = run(*arguments)
+    assert len(results[0].sharding.device_set) == 8
+    expected = case.expected(True)
+    named = dict(zip(expected, results, strict=True))
+    shaped = {name: np.reshape(named[name], value.shape) for name, value in expected.items()}
+    assert_close(shaped, expected, "float32")
+
+
+def test_default_on_a_tpu():
+    """The kernels, for enough bfloat16 tokens whose place is known; else the dense form."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def has_kernel(shape, dtype="bfloat16", banks=3):
+        x, weights = jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], banks))
+        bank, index = jnp.zeros((banks, shape[-1], 128)), jnp.zeros(shape[:-1], jnp.int32)
+        jaxpr = jax.make_jaxpr(partial(grouped_projection, straight_through=True))(
+            x, bank, weights, index
+        )
+        return "pallas_call" in str(jaxpr)
+
+    with tracing_for("tpu"):
+        assert not has_kernel((8, 1024, 128)), "eight devices and nothing said of them"
+        with jax.set_mesh(mesh):
+            assert has_kernel((8, 1024, 128))
+            assert not has_kernel((8, 1024, 128), dtype="float32")
+            assert not has_kernel((8, 1024, 128), banks=1)
+            assert not has_kernel((8, 1024, 96))
+            assert not has_kernel((8, 256, 128)), "too few tokens on each device"
+            assert not has_kernel((6, 4096, 128)), "batch does not divide"
+    with jax.set_mesh(mesh):
+        assert not has_kernel((8, 1024, 128)), "traced for CPU"
+
+
+def test_what_tpu_kernels_cannot_run():
+    def message(x, bank):
+        with pytest.raises(UserError) as error:
+            project(
+                x,
+                bank,
+                jnp.ones((len(x), len(bank))),
+                jnp.zeros(len(x), jnp.int32),
+                True,
+                "pallas_tpu",
+            )
+        assert "\n" not in str(error.value)
+        assert "'dense'" in str(error.value)
+        return str(error.value)
+
+    x, bank = jnp.ones((4, 128)), jnp.ones((3, 128, 128))
+    assert "traced for cpu" in message(x, bank)
+    with tracing_for("tpu"):
+        assert "multiples of 128" in message(x[:, :96], bank[:, :96])
+        assert "multiples of 128" in message(x, bank[..., :96])
+        assert "bfloat16 and float32" in message(x.astype(jnp.float16), bank)
+        assert "no tokens" in message(x[:0], bank)
+        assert "VMEM" in message(jnp.ones((4, 4096)), jnp.ones((3, 4096, 128)).repeat(16, axis=2))
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            assert "do not divide" in message(x, bank)

@@ -35,13 +35,15 @@ def with_parameters(make, parameters):
     return nnx.merge(nnx.split(nnx.eval_shape(make))[0], parameters)
 
 
-def output(config, parameters):
+def output(config, parameters, out_channels=8, time=DIT["time"]):
     """What the network puts out for the fixture's images, channels last."""
 
     @jax.jit
     def run(parameters):
-        module = with_parameters(lambda: DyDiLiT(config, 8, rngs=nnx.Rngs(0)), parameters)
-        return module(DIT["images"], DIT["time"], DIT["labels"])[0]
+        module = with_parameters(
+            lambda: DyDiLiT(config, out_channels, rngs=nnx.Rngs(0)), parameters
+        )
+        return module(DIT["images"], time, DIT["labels"])[0]
 
     return np.asarray(run(parameters))
 
@@ -202,6 +204,15 @@ def test_another_ratio_of_the_mlp_fits_the_official_layout(tmp_path):
     (tmp_path / "a" / "config.json").unlink()
     back, _ = load_pretrained(tmp_path / "a", heads=3)
     assert back.feedforward == config.feedforward
+
+
+def test_the_heads_of_dits_sizes_are_known(tmp_path):
+    attention = AttentionConfig(kind="softmax", heads=6, depthwise=0)
+    config = dataclasses.replace(SMALL, depth=1, width=384, attention=attention)
+    save_pretrained(tmp_path / "a", config, random_tree(config), layout="dit")
+    (tmp_path / "a" / "config.json").unlink()
+    back, _ = load_pretrained(tmp_path / "a")
+    assert (back.width, back.attention) == (384, attention)
 
 
 NETWORKS: dict[str, dict[str, Any]] = {

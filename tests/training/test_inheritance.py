@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dydilit_jax.config import DistillationConfig, InheritanceConfig
+from dydilit_jax.data.load import load_data
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.config import AttentionConfig, FeedForwardConfig
 from dydilit_jax.models.pretrained import save_pretrained
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
-from dydilit_jax.training.loop import load_data, to_mesh, train
+from dydilit_jax.training.loop import to_mesh, train
 from dydilit_jax.training.state import Network, create_state
 from dydilit_jax.training.step import compile_step, training_loss
 from tests.tiny import mesh_of, random_parameters, tiny_config
@@ -182,3 +183,21 @@ def test_a_teacher_of_another_process_or_shape_is_refused(dit):
     network = Network.create(deeper)
     with pytest.raises(UserError, match="depth 2"):
         inherited_state(network, create_state(network, mesh_of(1, 1)), str(folder))
+
+
+def test_weights_that_know_time_on_another_scale_are_refused(dit, tmp_path):
+    """As a SiT's, whose times end at 1."""
+    _, config, parameters = dit
+    flow = {"process": "flow", "flow": {"time_scale": 1.0}}
+    save_pretrained(tmp_path / "sit", config.model, parameters, {"diffusion": flow})
+    student = student_config(distillation=DistillationConfig(teacher=str(tmp_path / "sit")))
+    network, mesh = Network.create(student), mesh_of(1, 1)
+    says = r"time_scale 1\.0, this run has 1000\.0: set it to the same"
+    with pytest.raises(UserError, match=says):
+        load_teacher(network, mesh)
+    with pytest.raises(UserError, match=says):
+        inherited_state(network, create_state(network, mesh), str(tmp_path / "sit"))
+    process = dataclasses.replace(student.diffusion.flow, time_scale=1.0)
+    diffusion = dataclasses.replace(student.diffusion, flow=process)
+    network = Network.create(dataclasses.replace(student, diffusion=diffusion))
+    assert load_teacher(network, mesh) is not None

@@ -16,7 +16,7 @@ from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.data.sources import digits
 from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.errors import UserError
-from dydilit_jax.training import loop
+from dydilit_jax.training import evaluation, loop
 from dydilit_jax.training import state as state_module
 from dydilit_jax.training.checkpoint import Checkpointer
 from dydilit_jax.training.loop import train
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch, step, value, eve
     )
     monkeypatch.setitem(sources.SOURCES, "digits", spoilt_digits(index, value))
     config = plain_config(
-        train={"steps": 20, "checkpoint_every": every, "log_every": 100, "sample_every": 0}
+        train={"steps": 20, "checkpoint_every": every, "log_every": 100, "nonfinite": "stop"}
     )
     good = (step - 1) // every * every
     kept = f"checkpoint {good} is kept" if good else "no checkpoint was written"
@@ -183,7 +183,12 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch, step, value, eve
 def test_a_learning_rate_that_is_far_too_high_stops_and_saves_nothing_bad(tmp_path, rate):
     config = plain_config(
         optimizer={"learning_rate": rate},
-        train={"steps": 20, "checkpoint_every": 1, "keep_checkpoints": 20},
+        train={
+            "steps": 20,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 20,
+            "nonfinite": "stop",
+        },
     )
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d, training stops"):
         train(config, tmp_path)
@@ -203,7 +208,9 @@ class SteepFlow(RectifiedFlow):
 
 def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(tmp_path, monkeypatch):
     monkeypatch.setattr(state_module, "make_process", lambda config: SteepFlow())
-    config = plain_config(train={"steps": 20, "checkpoint_every": 1, "log_every": 1})
+    config = plain_config(
+        train={"steps": 20, "checkpoint_every": 1, "log_every": 1, "nonfinite": "stop"}
+    )
     with pytest.raises(UserError, match=r"gradient_norm is nan at step 1, .*no checkpoint"):
         train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -246,7 +253,7 @@ def test_a_finished_run_ends_at_once_and_tells_its_scores_again(finished, capsys
         raise AssertionError("nothing is left to do")
 
     monkeypatch.setattr(loop, "compile_step", refuse)
-    monkeypatch.setattr(loop, "generate_images", refuse)
+    monkeypatch.setattr(evaluation, "generate_images", refuse)
     state = train(EVALUATED, finished)
     assert int(state.step) == 3
     assert read_metrics(finished) == before

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dydilit_jax.data.load import load_data
 from dydilit_jax.models.config import ATTENTIONS
-from dydilit_jax.training.loop import load_data, to_mesh
+from dydilit_jax.training.loop import to_mesh
 from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.sharding import make_mesh, path_of
 from dydilit_jax.training.state import Network, create_state, initial_state

@@ -1,32 +1,116 @@
-"""The DyDiLA attention core: one operation, several implementations."""
+"""The DyDiLA attention core: one operation, several implementations.
+
+A backend is a module with two functions of (inputs, options, sharding): `unsupported`, which says
+in a line why it cannot run these inputs, and `attention`, which runs them. It is imported when its
+platform is the target, so that Pallas is not where it is of no use.
+"""
 
 from __future__ import annotations
 
-from dydilit_jax.errors import unknown_name
-from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions
-from dydilit_jax.kernels.dydila.reference import explicit_attention
-from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
+import importlib
+from typing import Protocol, cast
 
-IMPLEMENTATIONS = {"xla": linear_attention, "reference": explicit_attention}
+from dydilit_jax.errors import UserError, unknown_name
+from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, check_inputs
+from dydilit_jax.kernels.dydila.reference import explicit_attention
+from dydilit_jax.kernels.dydila.sharding import (
+    CoreSharding,
+    ambient_sharding,
+    placement_known,
+)
+from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
+from dydilit_jax.kernels.platform import target
+
+
+class Backend(Protocol):
+    """A kernel that runs on one platform."""
+
+    def unsupported(
+        self, inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None, /
+    ) -> str | None:
+        """Why these inputs cannot run, and what would; None when they can."""
+
+    def attention(
+        self, inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None, /
+    ) -> CoreOutput:
+        """The core."""
+
+
+PLAIN = {"xla": linear_attention, "reference": explicit_attention}
+# Platform and module of each backend.
+BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.dydila.pallas_tpu")}
+IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
+
+# Fewest tokens of a sequence from which a backend is chosen unasked; and, as a multiple of the head
+# width, where the state (d / N activations written and read again) stops being small. Counted in
+# bytes, not measured on a device.
+FEWEST_TOKENS = {"pallas_tpu": 128}
+FEWEST_TOKENS_OF_HEAD_WIDTH = 0.5
 
 
 def dydila_core(
-    inputs: CoreInputs, options: CoreOptions, *, implementation: str | None = None
+    inputs: CoreInputs,
+    options: CoreOptions,
+    *,
+    implementation: str | None = None,
+    sharding: CoreSharding | None = None,
 ) -> CoreOutput:
     """Measure kernel, lambda choice, difference, the two products and the normalisation.
 
     Args:
       inputs: queries, keys, values (B, N, D) and what else the core reads.
       options: static options.
-      implementation: `xla` (linear order) or `reference` (explicit N x N); None chooses `xla`.
+      implementation: `xla` (linear order), `reference` (explicit N x N) or `pallas_tpu`; None
+        chooses by the target platform and the shape.
+      sharding: how the arrays lie on a mesh, for the kernels (XLA finds out by itself); None takes
+        the mesh of `jax.set_mesh`, if one is set.
 
     Returns:
       The output (B, N, D) before the depthwise term, with the denominator and the routings.
 
     Raises:
-      UserError: unknown implementation, or inputs that do not belong together.
+      UserError: unknown implementation, one that cannot run these inputs, or inputs that do not
+        belong together.
     """
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
+    check_inputs(inputs, options)
+    sharding = sharding or ambient_sharding()
+    name = implementation or default_implementation(inputs, options, sharding)
+    if name in PLAIN:
+        return PLAIN[name](inputs, options)
+    if name not in BACKENDS:
         raise unknown_name("implementation", name, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[name](inputs, options)
+    platform, module = BACKENDS[name]
+    if target().platform != platform:
+        reason: str | None = f"it is for {platform}, this program is for {target().platform}"
+    else:
+        backend = load_backend(module)
+        reason = backend.unsupported(inputs, options, sharding)
+    if reason is not None:
+        raise UserError(f"implementation {name!r} cannot run: {reason}")
+    return backend.attention(inputs, options, sharding)
+
+
+def load_backend(module: str) -> Backend:
+    """The backend of this module name."""
+    return cast(Backend, importlib.import_module(module))
+
+
+def default_implementation(
+    inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None
+) -> str:
+    """The name that `implementation=None` stands for.
+
+    A backend of the target platform, unless it cannot run, or sequences are so short that XLA is
+    the better choice, or several devices are there and no mesh says how the arrays lie on them.
+    """
+    tokens, width = inputs.query.shape[1:]
+    for name, (platform, module) in BACKENDS.items():
+        if (
+            platform == target().platform
+            and tokens >= FEWEST_TOKENS[name]
+            and tokens >= FEWEST_TOKENS_OF_HEAD_WIDTH * (width // options.heads)
+            and placement_known(sharding)
+            and load_backend(module).unsupported(inputs, options, sharding) is None
+        ):
+            return name
+    return "xla"

@@ -1,0 +1,49 @@
+"""The platform that programs are traced for: which kernels may be chosen, and whether to interpret.
+
+A program may be compiled on a CPU for TPUs that are elsewhere; the kernels' choice then has to know
+the target, not the machine that traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is traced for.
+
+    Attributes:
+      platform: `cpu`, `gpu` or `tpu`.
+      interpret: what Pallas calls it: True or pltpu.InterpretParams run kernels on a CPU.
+    """
+
+    platform: str
+    interpret: Any = False
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+def target() -> Target:
+    """The target that is set, else the platform of the default devices."""
+    return _target.get() or Target(jax.default_backend())
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str, *, interpret: Any = False) -> Iterator[None]:
+    """Programs traced inside are for `platform`, whatever the devices of this process are.
+
+    The target is no part of jit's cache key: trace for one target with one jitted function.
+    """
+    token = _target.set(Target(platform, interpret))
+    try:
+        yield
+    finally:
+        _target.reset(token)

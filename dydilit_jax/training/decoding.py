@@ -1,0 +1,65 @@
+"""The config's autoencoder, and the network's latents as images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dydilit_jax.autoencoders import Pretrained, images_from, load_autoencoder
+from dydilit_jax.config import AutoencoderConfig
+
+DECODED_AT_ONCE = 8  # latents on a device
+
+Decode = Callable[[np.ndarray], np.ndarray]
+
+
+def configured_autoencoder(config: AutoencoderConfig) -> Pretrained:
+    """The autoencoder that a config names.
+
+    Raises:
+      UserError: as load_autoencoder.
+    """
+    return load_autoencoder(
+        config.weights,
+        scaling_factor=config.scaling_factor or None,
+        revision=config.revision,
+        sha256=config.sha256,
+        dtype=config.dtype,
+    )
+
+
+def make_decoder(config: AutoencoderConfig, devices: Sequence[jax.Device] | None = None) -> Decode:
+    """What makes images of the network's outputs: latents (b, h, w, c) to pixels (b, H, W, 3).
+
+    Args:
+      config: the autoencoder; with no weights the network draws pixels, which stay as they are.
+      devices: that share the work; default: all of this process.
+
+    Raises:
+      UserError: as load_autoencoder.
+    """
+    if not config.weights:
+        return lambda images: images
+    devices = devices or jax.local_devices()
+    mesh = Mesh(np.asarray(devices), ("batch",), axis_types=(AxisType.Auto,))
+    graph, state = nnx.split(configured_autoencoder(config).autoencoder)
+    parameters = jax.device_put(state, NamedSharding(mesh, P()))
+    batch = NamedSharding(mesh, P("batch"))
+    decode = jax.jit(lambda parameters, z: images_from(nnx.merge(graph, parameters), z))
+
+    def call(latents: np.ndarray) -> np.ndarray:
+        size = min(DECODED_AT_ONCE, -(-len(latents) // len(devices))) * len(devices)
+        images = []
+        for start in range(0, len(latents), size):
+            # The last ones are filled up with repetitions, which are cut off again.
+            indices = np.minimum(np.arange(start, start + size), len(latents) - 1)
+            part = decode(parameters, jax.device_put(latents[indices], batch))
+            images.append(np.asarray(part)[: len(latents) - start])
+        return np.concatenate(images)
+
+    return call

@@ -1,0 +1,147 @@
+"""What a run shows of itself: sample grids on the way, scores at the end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dydilit_jax.data.sources import Source
+from dydilit_jax.drawing import draw_grid, save_png
+from dydilit_jax.metrics.pixels import pixel_scores
+from dydilit_jax.training.agreement import of_first_process
+from dydilit_jax.training.generation import generate_images
+from dydilit_jax.training.interruption import Interruption
+from dydilit_jax.training.optimizer import ema_parameters
+from dydilit_jax.training.state import Network, TrainState
+from dydilit_jax.training.storage import tolerated
+from dydilit_jax.training.writers import Writers, read_metrics
+
+SAMPLE_SEED = 0
+GRID_COLUMNS = 10
+
+
+class Evaluation:
+    """Draws and scores samples of the averaged parameters.
+
+    Every method is a collective: the processes of a run draw together.
+
+    Args:
+      network: structure and process.
+      mesh: what images are drawn over.
+      source: the data that they are compared with.
+      workdir: where they are written.
+      writers: where scores and grids go as well.
+      interruption: drawing ends early when it says so.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        mesh: Mesh,
+        source: Source,
+        workdir: Path,
+        writers: Writers,
+        interruption: Interruption,
+    ):
+        self.config = network.config
+        self.network, self.mesh, self.source = network, mesh, source
+        self.workdir, self.writers, self.interruption = workdir, writers, interruption
+
+    def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray | None:
+        """Images (n, H, W, C) for labels (n,); None if the run was asked to stop meanwhile."""
+        parameters = ema_parameters(state.ema, self.config.optimizer)
+        batches = []
+        for images in generate_images(
+            self.network,
+            parameters,
+            labels,
+            seed=SAMPLE_SEED,
+            config=self.config.sampling,
+            mesh=self.mesh,
+        ):
+            batches.append(images)
+            if self.interruption.agreed_now():
+                return None
+        return np.concatenate(batches)
+
+    def grid_path(self, step: int) -> Path:
+        """Where the sample grid of a step is."""
+        return self.workdir / "samples" / f"step_{step:06d}.png"
+
+    def has_grid(self, step: int) -> bool:
+        """Whether the sample grid of a step is there."""
+        return bool(of_first_process(self.grid_path(step).is_file()))
+
+    def draw_grid(self, state: TrainState) -> bool:
+        """Draws and writes the sample grid of the state's step; False if stopped meanwhile."""
+        step = int(state.step)
+        labels = self._grid_labels()
+        images = self.samples(state, labels)
+        if images is None:
+            return False
+        scale = self.config.sampling.guidance_scale
+        picture = draw_grid(
+            images,
+            columns=len(np.unique(labels)),
+            title=f"{self.config.data.source}, step {step}, guidance {scale:g}, averaged weights",
+            labels=[self.source.label_names[label] for label in labels],
+        )
+        if jax.process_index() == 0:
+            path = self.grid_path(step)
+            unfinished = path.with_name("unfinished_" + path.name)
+            with tolerated(f"the sample grid of step {step}"):
+                path.parent.mkdir(exist_ok=True)
+                save_png(picture, unfinished)
+                unfinished.replace(path)
+        self.writers.image(step, "samples", picture)
+        return True
+
+    def score(self, state: TrainState) -> bool:
+        """Scores class-balanced samples and says how good they are; False if stopped meanwhile."""
+        step = int(state.step)
+        scores = self._written_scores(step)
+        if not of_first_process(scores is not None and self.grid_path(step).is_file()):
+            scores = self._new_scores(state)
+            if scores is None:
+                print("stopped while scoring; run again to go on", flush=True)
+                return False
+        if scores is not None:  # Only the first process is sure to find what was written.
+            ratio = scores["pixel_frechet"] / scores["pixel_frechet_floor"]
+            print(f"sample grid: {self.grid_path(step)}")
+            print(
+                f"label_agreement: {scores['label_agreement']:.1%} of "
+                f"{self.config.evaluation.num} samples"
+            )
+            print(
+                f"pixel_frechet: {scores['pixel_frechet']:.3f}, {ratio:.2f} times "
+                f"pixel_frechet_floor {scores['pixel_frechet_floor']:.3f}",
+                flush=True,
+            )
+        return True
+
+    def _written_scores(self, step: int) -> dict[str, float] | None:
+        records = read_metrics(self.workdir)
+        return next((r for r in records if r["step"] == step and "label_agreement" in r), None)
+
+    def _new_scores(self, state: TrainState) -> dict[str, float] | None:
+        """Draws and writes scores and grid of the state; None if stopped meanwhile."""
+        count = self.config.evaluation.num
+        print(f"drawing {count} samples to score ...", file=sys.stderr, flush=True)
+        labels = np.arange(count) % self.config.model.num_classes
+        images = self.samples(state, labels)
+        if images is None or not self.draw_grid(state):
+            return None
+        scores = pixel_scores(images, labels, self.source)
+        with tolerated("scores"):
+            self.writers.scalars(int(state.step), scores)
+        return scores
+
+    def _grid_labels(self) -> np.ndarray:
+        """Labels of the sample grid, row by row: up to ten classes, spread over all."""
+        classes = self.config.model.num_classes
+        columns = np.unique(np.linspace(0, classes - 1, min(GRID_COLUMNS, classes)).astype(int))
+        return np.tile(columns, self.config.sampling.grid_rows)

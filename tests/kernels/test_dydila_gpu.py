@@ -1,0 +1,221 @@
+"""The Mosaic GPU kernels of the DyDiLA core: interpreted on a CPU, and lowered for CUDA.
+
+Pallas' interpreter of Mosaic GPU kernels knows transposed operands, and what the TMA unit does
+beyond an array, from JAX 0.12 on. On older JAX the kernels are lowered only.
+"""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.mesh import AbstractDevice, AbstractMesh
+
+from dydilit_jax.kernels.dydila import pallas_gpu
+from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Tiles
+from dydilit_jax.kernels.dydila.xla import linear_attention
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="Mosaic GPU's interpreter is complete from JAX 0.12 on"
+)
+# Two roundings to bfloat16 more than XLA's path: M and dM are operands of the tensor core.
+FACTOR, FLOOR = 3.0, 4e-3
+
+
+def gpu_interpreter(**fields):
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(**fields)
+
+
+def leaves(N, d, H=2, *, bank=(0.2, 0.5, 1.3), negative=(), plain=False, seed=0):
+    """Arrays that gradients are taken of, by name; bfloat16 values, and float32 scalars."""
+    rng = np.random.default_rng(seed)
+
+    def tokens():
+        x = rng.normal(size=(1, N, H * d))
+        x[:, list(negative)] = -np.abs(x[:, list(negative)])
+        return jnp.asarray(x, jnp.bfloat16)
+
+    arrays = {"query": tokens(), "key": tokens(), "value": tokens()}
+    if plain:
+        return arrays
+    arrays |= {"query_redundant": tokens(), "key_redundant": tokens()}
+    for name in Exponents._fields:
+        arrays[f"exponent of {name}"] = jnp.asarray(rng.uniform(1, 4, (1, N)), jnp.float32)
+    arrays["bank"] = jnp.asarray(bank, jnp.float32)
+    for name in ("query_router", "key_router"):
+        arrays[name] = jnp.asarray(rng.normal(size=(2 * H * d, len(bank))), jnp.float32)
+    return arrays
+
+
+def core_inputs(arrays):
+    if "bank" not in arrays:
+        return CoreInputs(**arrays)
+    names = ("query", "key", "value", "query_redundant", "key_redundant")
+    return CoreInputs(
+        **{name: arrays[name] for name in names},
+        exponents=Exponents(*(arrays[f"exponent of {name}"] for name in Exponents._fields)),
+        lambdas=Lambdas(arrays["bank"], arrays["query_router"], arrays["key_router"]),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(core, options, arrays, d_output):
+    """Output, denominator and the gradient of every array, by name."""
+
+    def output(arrays):
+        result = core(core_inputs(arrays), options)
+        return result.output, result.denominator
+
+    y, vjp, denominator = jax.vjp(output, arrays, has_aux=True)
+    return {"output": y, "denominator": denominator} | vjp(d_output)[0]
+
+
+def close_to_reference(N, d, options, *, detect_races=False, **case):
+    """Compares every array of the kernels with float64, within a few times XLA's own error."""
+    arrays = leaves(N, d, options.heads, **case)
+    rng = np.random.default_rng(1)
+    d_output = jnp.asarray(rng.normal(size=arrays["value"].shape), jnp.bfloat16)
+    kernels = partial(pallas_gpu.attention, interpret=gpu_interpreter(detect_races=detect_races))
+    assert pallas_gpu.unsupported(core_inputs(arrays), options) is None
+    got = value_and_gradients(kernels, options, arrays, d_output)
+    xla = value_and_gradients(linear_attention, options, arrays, d_output)
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items()}
+        wanted = value_and_gradients(
+            linear_attention, options, wide, jnp.asarray(d_output, jnp.float64)
+        )
+    assert got.keys() == wanted.keys()
+    for name, reference in wanted.items():
+        if reference is None:
+            assert got[name] is None
+            continue
+        reference = np.asarray(reference)
+        assert np.isfinite(np.asarray(got[name], np.float64)).all(), name
+        size = max(np.abs(reference).max(), 1e-30)
+        error, xla_error = (
+            np.abs(np.asarray(x[name], np.float64) - reference).max() / size for x in (got, xla)
+        )
+        assert error <= FACTOR * xla_error + FLOOR, f"{name}: {error} against XLA's {xla_error}"
+    return kernels, arrays, d_output, got
+
+
+@interpreted
+def test_base_with_lambda_above_one():
+    options = CoreOptions(heads=1)
+    close_to_reference(300, 72, options, bank=(1.1, 1.5, 2.0), negative=(3, 80, 299))
+
+
+@interpreted
+def test_signed_with_norms_of_heads():
+    options = CoreOptions(heads=2, normalizer="signed", norm_scope="head")
+    close_to_reference(64, 64, options, bank=(0.05, 0.1, 0.2))
+
+
+@interpreted
+def test_no_normalizer_and_lambda_zero():
+    options = CoreOptions(heads=1, normalizer="none")
+    close_to_reference(127, 16, options, bank=(0.0, 0.0, 0.0))
+
+
+@interpreted
+def test_one_token():
+    """Seed 2: Qd . Kd, the one weight, does not cancel, which would enlarge every rounding."""
+    close_to_reference(1, 72, CoreOptions(heads=1), seed=2)
+
+
+@interpreted
+@pytest.mark.parametrize("normalizer", ["base", "rms"])
+def test_relu_core_repeats_bitwise(normalizer):
+    options = CoreOptions(heads=2, normalizer=normalizer)
+    kernels, arrays, d_output, first = close_to_reference(65, 16, options, plain=True)
+    second = value_and_gradients(kernels, options, arrays, d_output)
+    for name, x in first.items():
+        assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
+
+
+@interpreted
+def test_blocks_do_not_race():
+    """Three blocks of tokens, two of channels: every buffer is used again."""
+    close_to_reference(130, 72, CoreOptions(heads=1), plain=True, detect_races=True)
+
+
+def cuda():
+    """What newer JAX wants to know of the GPU that programs are lowered for."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu))
+
+
+@pytest.mark.parametrize(
+    ("N", "d", "normalizer"), [(256, 72, "base"), (1024, 288, "signed"), (16384, 576, "base")]
+)
+def test_lowers_for_cuda(N, d, normalizer):
+    """Forward is two kernels, backward four more, and nothing of N x N."""
+    options = CoreOptions(heads=2, normalizer=normalizer)
+    arrays = jax.eval_shape(lambda: leaves(1, d))
+    arrays = {
+        name: jax.ShapeDtypeStruct((1, N, *x.shape[2:]), x.dtype)
+        if x.ndim > 2 or "exponent" in name
+        else x
+        for name, x in arrays.items()
+    }
+    with cuda():
+        traced = value_and_gradients.trace(pallas_gpu.attention, options, arrays, arrays["value"])
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert f"{N}x{N}" not in text
+
+
+def test_lowers_for_cuda_on_a_mesh():
+    """Under shard_map over the batch, with gradients: every device gets kernels of its part."""
+    gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=gpu)
+    rows = jax.sharding.PartitionSpec("data")
+    tokens = jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)
+    options = CoreOptions(heads=2)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    def attend(query, key, value):
+        return pallas_gpu.attention(CoreInputs(query, key, value), options).output
+
+    def loss(*tokens):
+        return attend(*tokens).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert "tensor<2x64x2x64xbf16>" in text
+
+
+def test_shared_memory_holds_the_columns():
+    for d in (16, 64, 72, 192, 256, 288, 576, 1024):
+        tiles = Tiles(64 * -(-d // 64))
+        assert tiles.columns * tiles.parts >= tiles.width
+        assert tiles.columns % 64 == 0
+        assert 0 < tiles.columns <= 256
+        assert 2 * tiles.width * tiles.columns <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x._replace(query=x.query.astype(jnp.float32)), "query is float32"),
+        (lambda x: x._replace(rotation=(x.value, x.value)), "rotary"),
+    ],
+)
+def test_says_what_it_cannot_run(change, reason):
+    inputs = change(core_inputs(leaves(4, 16)))
+    assert reason in str(pallas_gpu.unsupported(inputs, CoreOptions(heads=2)))
+
+
+def test_too_wide_a_head_is_refused():
+    inputs = core_inputs(leaves(2, 2048, plain=True))
+    assert "use more heads" in str(pallas_gpu.unsupported(inputs, CoreOptions(heads=2)))

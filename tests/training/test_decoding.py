@@ -1,0 +1,32 @@
+"""The network's latents as images."""
+
+import jax
+import numpy as np
+import pytest
+
+from dydilit_jax.config import AutoencoderConfig
+from dydilit_jax.errors import UserError
+from dydilit_jax.training import decoding
+from dydilit_jax.training.decoding import make_decoder
+from tests.autoencoders.test_diffusers import FIXTURES, arrays_of
+
+
+def test_latents_become_the_images_that_diffusers_decodes(monkeypatch):
+    """The network's latents are scaled; five of them over two devices, two at once."""
+    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 1)
+    expected = arrays_of("kl")
+    decode = make_decoder(AutoencoderConfig(weights=str(FIXTURES / "kl")), jax.devices()[:2])
+    which = [0, 1, 1, 0, 1]
+    images = decode(0.18215 * expected["latents"][which])
+    np.testing.assert_allclose(images, expected["decoded"][which], rtol=0, atol=1e-4)
+
+
+def test_pixels_stay_pixels():
+    images = np.ones((2, 8, 8, 1), np.float32)
+    assert make_decoder(AutoencoderConfig())(images) is images
+
+
+def test_a_scaling_factor_of_another_autoencoder_is_refused():
+    config = AutoencoderConfig(weights=str(FIXTURES / "kl"), scaling_factor=0.41407)
+    with pytest.raises(UserError, match=r"0\.41407 does not belong"):
+        make_decoder(config)
