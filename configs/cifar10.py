@@ -11,8 +11,8 @@ Time:      not measured.
 Result:    not measured.
 
 `recipe=dit` is DiT's own: constant rate, batch 256, 400K steps, patch 2. `recipe=short` is for what
-can be seen in little time: 3,000 steps of batch 64 (four epochs), patch 4, a higher rate with warm-up
-and cosine decay, a faster average, unrolled layers.
+can be seen in little time: 3,000 steps of batch 64 (about four epochs), patch 4, a higher rate with
+warm-up and cosine decay, a faster average, unrolled layers.
 """
 
 import dataclasses
