@@ -130,7 +130,7 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
-FLOOR = {"float32": 3e-6, "bfloat16": 2e-3}
+FLOOR = {"float32": 3e-6, "bfloat16": 2.0**-8}  # a rounding of bfloat16: the kernels' operands
 
 
 def check(case: Case, inputs: CoreInputs) -> None:
@@ -316,7 +316,8 @@ def test_a_long_sequence_over_eight_devices_equals_the_unsplit_one():
     placed = placed._replace(**{n: jax.device_put(getattr(placed, n), spec) for n in split})
     actual = core(placed)
     assert len(actual.sharding.device_set) == 8
-    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-5)
+    # Sums of 65,536 in another order; without the sum over devices it would be of order one.
+    assert error(np.asarray(actual), np.asarray(expected)) < 5e-4
 
 
 BASE = Case(tokens=160, head_width=8)
