@@ -190,7 +190,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
                     lines.setdefault(row, []).append((case["tokens"], per_token))
         for row, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=row)
-        axis.set(xscale="log", yscale="log", title=f"head width {width}", xlabel="tokens")
+        axis.set_xscale("log", base=2)
+        axis.set(yscale="log", title=f"head width {width}", xlabel="tokens")
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, µs a token and head")
     axes[0][0].legend()

@@ -35,7 +35,7 @@ from dydilit_jax.kernels.dydila.features import (
     check_inputs,
     measure_kernel,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core, Tiles
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
 from dydilit_jax.kernels.dydila.xla import CoreOutput
 
 Tokens = tuple[jax.Array, ...]
@@ -53,8 +53,11 @@ def unsupported(inputs: CoreInputs, options: CoreOptions) -> str | None:
             )
     if inputs.rotation is not None:
         return "rotary position is not in the kernels: use the implementation 'xla'"
-    if not Tiles(width).columns:
-        return f"head width {width} does not fit in shared memory: use more heads"
+    if width > kernels.WIDEST:
+        return (
+            f"head width {width} does not fit in shared memory, {kernels.WIDEST} would: "
+            "use more heads, or the implementation 'xla'"
+        )
     return None
 
 

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from dydilit_jax.kernels.dydila.features import RELU_OFFSET
 
 BLOCK = 64  # tokens, and channels, of one block: the rows of one wgmma
+WIDEST = 704  # channels of a head: `gradient` keeps 64 tokens of Y and 64 rows of M, 227 KB in all
 STATE_BYTES = 150_000  # of a program's 227 KB of shared memory, for `apply`'s columns of M
 PROGRAMS = 2 * 132  # at least as many as two for each multiprocessor of an H100 or H200
 FEWEST_BLOCKS = 4  # of tokens that one program of `state` sums
@@ -83,7 +84,9 @@ class Tiles:
 
     @property
     def columns(self) -> int:
-        """At most 256 (one wgmma), as many as leave M's columns room in shared memory."""
+        """At most 256 (one wgmma), as many as leave M's columns room; 0 for too wide a head."""
+        if self.width > WIDEST:
+            return 0
         for parts in range(1, self.count + 1):
             columns = BLOCK * -(-self.count // parts)
             if columns <= 256 and 2 * columns * self.count * BLOCK <= STATE_BYTES:

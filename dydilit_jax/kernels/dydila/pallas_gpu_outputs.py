@@ -85,8 +85,8 @@ def apply(
 
         @pl.loop(0, steps)
         def _(block: jax.Array) -> None:
-            def multiply(y: Any) -> tuple[jax.Array, jax.Array]:
-                def body(tile: jax.Array, den: jax.Array) -> jax.Array:
+            def multiply(y: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+                def body(tile: jax.Array, den: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                     step = block * count + tile
                     slot = lax.rem(step, jnp.int32(2))
 
@@ -103,18 +103,21 @@ def apply(
                     plgpu.commit_smem()
                     plgpu.wgmma(y, features_s.at[slot], m_s.at[tile])
                     plgpu.wgmma_wait(0)
+                    if not normalised:
+                        return ()
                     summed = difference if core.normalizer == "signed" else base
                     summed = summed.astype(jnp.bfloat16).astype(jnp.float32)
-                    return den + jnp.sum(summed * columns_to_block(z_s[tile]), axis=1)
+                    return (den[0] + jnp.sum(summed * columns_to_block(z_s[tile]), axis=1),)
 
-                den = lax.fori_loop(0, count, body, jnp.zeros((BLOCK,), jnp.float32))
+                zeros = (jnp.zeros((BLOCK,), jnp.float32),) * normalised
+                den = lax.fori_loop(0, count, body, zeros)
                 return y[...], den
 
             y, product = pl.run_scoped(multiply, plgpu.ACC((BLOCK, columns), jnp.float32))
             start = (first + block) * BLOCK
             plgpu.wait_smem_to_gmem(0)  # the block before has left y_s and den_s
             if den_ref is not None:
-                den = guarded(product, core)
+                den = guarded(product[0], core)
                 den_s[...] = den
                 y = y / lax.broadcast_in_dim(den, y.shape, (0,))
             y_s[...] = y.astype(jnp.bfloat16)
