@@ -1,14 +1,16 @@
 # What a user and a developer type. PYTHON chooses the interpreter, VENV the environment's folder.
 PYTHON ?= python3
 VENV ?= .venv
+TPU_VENV ?= .venv-tpu
 WORKDIR ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench chaos clean
+.PHONY: help demo test test-tpu-compile lint format bench chaos clean
 
 help:
 	@echo "make demo    train DyDi-LiT on handwritten digits, sample and score it (CPU, minutes)"
 	@echo "make test    install what tests need and run them all"
+	@echo "make test-tpu-compile  compile the kernels and the train step for TPUs that are not there"
 	@echo "make lint    ruff (format and lint) and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make bench   the benchmarks that README's figures come from"
@@ -26,11 +28,19 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.installed
 
+$(TPU_VENV)/.installed-tpu: requirements-tpu.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
+	@touch $@
+
 demo: $(VENV)/.installed
 	@$(BIN)/python -m dydilit_jax.train --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+test-tpu-compile: $(TPU_VENV)/.installed-tpu
+	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 tests/tpu_compile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
