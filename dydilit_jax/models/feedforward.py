@@ -8,6 +8,8 @@ from flax import nnx
 
 from dydilit_jax.kernels.depthwise.api import depthwise_conv
 from dydilit_jax.models.config import ModelConfig
+from dydilit_jax.models.linear import Linear
+from dydilit_jax.models.placement import place
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -40,12 +42,13 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden = config.feedforward.hidden(config.width)
         dtype = jnp.dtype(config.dtype)
-        self.hidden = nnx.Linear(config.width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(hidden, config.width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(config.width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.out = Linear(hidden, config.width, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes channels of tokens (B, N, D)."""
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=True))
+        hidden = place(self.hidden(x), "channels")
+        return self.out(jax.nn.gelu(hidden, approximate=True))
 
 
 class MixFFN(nnx.Module):
@@ -57,11 +60,11 @@ class MixFFN(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden = config.feedforward.hidden(config.width)
         dtype = jnp.dtype(config.dtype)
-        self.hidden = nnx.Linear(
+        self.hidden = Linear(
             config.width, 2 * hidden, kernel_init=xavier, dtype=dtype, rngs=rngs
         )
         self.depthwise = DepthwiseConv(2 * hidden, 3, config.grid, rngs=rngs)
-        self.out = nnx.Linear(
+        self.out = Linear(
             hidden, config.width, use_bias=False, kernel_init=xavier, dtype=dtype, rngs=rngs
         )
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dydilit_jax.config import Config
 from dydilit_jax.data.pipeline import BatchIterator, make_batches
@@ -30,9 +29,9 @@ from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
 from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.progress import Progress
-from dydilit_jax.training.sharding import batch_sharding, check_batch, make_mesh
-from dydilit_jax.training.state import Network, TrainState, abstract_state, create_state
-from dydilit_jax.training.step import Batch, Metrics, compile_step
+from dydilit_jax.training.sharding import check_fits, make_mesh, to_mesh
+from dydilit_jax.training.state import Network, TrainState, abstract_state, create_state, state_shardings
+from dydilit_jax.training.step import Metrics, compile_step
 from dydilit_jax.training.telemetry import summarize
 from dydilit_jax.training.writers import Writers, read_metrics, truncate_metrics
 
@@ -69,15 +68,6 @@ def load_data(config: Config) -> tuple[Source, BatchIterator]:
         process_count=jax.process_count(),
     )
     return source, batches
-
-
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """A process's part of a batch as part of one array over all devices."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
 
 
 def check_finite(step: int, metrics: Metrics, saved: int | None) -> None:
@@ -126,8 +116,9 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.mesh = make_mesh(config.mesh)
-        check_batch(config.data.batch_size, self.mesh)
+        check_fits(config, self.mesh)
         self.network = Network.create(config)
+        state_shardings(self.network, self.mesh)  # Its mistakes are to show before a file is written.
         self.source, self.batches = load_data(config)
         self.teacher = load_teacher(self.network, self.mesh)
         open_workdir(workdir, config)
