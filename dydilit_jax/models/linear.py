@@ -53,9 +53,7 @@ def _product_backward(saved: tuple[Any, ...], dy: jax.Array) -> tuple[jax.Array,
     over_outputs = (range(leading, dy.ndim), range(1, kernel.ndim))
     dx = lax.dot_general(dy, kernel.astype(x.dtype), (over_outputs, ((), ())))
     over_tokens = (range(leading), range(dy.ndim - outputs))
-    dkernel = lax.dot_general(
-        x, dy, (over_tokens, ((), ())), preferred_element_type=kernel.dtype
-    )
+    dkernel = lax.dot_general(x, dy, (over_tokens, ((), ())), preferred_element_type=kernel.dtype)
     return dx, dkernel
 
 

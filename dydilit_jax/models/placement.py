@@ -43,12 +43,17 @@ def fitting(spec: P, shape: tuple[int, ...], mesh: AbstractMesh) -> P:
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         kept: list[str] = []
         for name in names:
-            parts = mesh.shape.get(name, 1)
-            if parts > 1 and size % parts == 0:
+            if name in mesh.shape and size % mesh.shape[name] == 0:
                 kept.append(name)
-                size //= parts
+                size //= mesh.shape[name]
         axes.append(tuple(kept) or None)
     return P(*axes)
+
+
+def is_cut(axis: str) -> bool:
+    """Whether the ambient mesh has this axis over more than one device."""
+    mesh = ambient_mesh()
+    return mesh is not None and mesh.shape.get(axis, 1) > 1
 
 
 def place(x: jax.Array, name: str) -> jax.Array:

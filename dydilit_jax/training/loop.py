@@ -30,7 +30,13 @@ from dydilit_jax.training.inheritance import inherited_state, load_teacher
 from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.progress import Progress
 from dydilit_jax.training.sharding import check_fits, make_mesh, to_mesh
-from dydilit_jax.training.state import Network, TrainState, abstract_state, create_state, state_shardings
+from dydilit_jax.training.state import (
+    Network,
+    TrainState,
+    abstract_state,
+    create_state,
+    state_shardings,
+)
 from dydilit_jax.training.step import Metrics, compile_step
 from dydilit_jax.training.telemetry import summarize
 from dydilit_jax.training.writers import Writers, read_metrics, truncate_metrics
@@ -118,7 +124,9 @@ class Run:
         self.mesh = make_mesh(config.mesh)
         check_fits(config, self.mesh)
         self.network = Network.create(config)
-        state_shardings(self.network, self.mesh)  # Its mistakes are to show before a file is written.
+        state_shardings(
+            self.network, self.mesh
+        )  # Its mistakes are to show before a file is written.
         self.source, self.batches = load_data(config)
         self.teacher = load_teacher(self.network, self.mesh)
         open_workdir(workdir, config)

@@ -1,9 +1,9 @@
 """Where every array lies: the device mesh, and rules from a parameter's path to its axes.
 
-    data      copies of the parameters; parts of the batch; the outermost axis, over TPU slices
-    fsdp      parts of the parameters, gathered where they are used; parts of the batch
-    tensor    columns of the maps into heads and hidden channels, rows of the maps out of them
-    sequence  parts of each image's tokens
+data      copies of the parameters; parts of the batch; the outermost axis, over TPU slices
+fsdp      parts of the parameters, gathered where they are used; parts of the batch
+tensor    columns of the maps into heads and hidden channels, rows of the maps out of them
+sequence  parts of each image's tokens
 """
 
 from __future__ import annotations

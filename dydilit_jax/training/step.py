@@ -53,7 +53,7 @@ def training_loss(
     network: Network,
     parameters: Any,
     batch: Batch,
-    keys: StepKeys,
+    keys: jax.Array | StepKeys,
     teacher: Teacher | None = None,
     teacher_parameters: Any = None,
 ) -> tuple[jax.Array, Metrics]:
@@ -63,7 +63,7 @@ def training_loss(
       network: structure and process.
       parameters: its parameters.
       batch: `image` (B, H, W, C) in [-1, 1] and `label` (B,).
-      keys: of times, noise, dropped labels and routers' noise.
+      keys: of times, noise, dropped labels and routers' noise; or one key for all of them.
       teacher: a network to learn from as well, and its parameters.
 
     Returns:
@@ -71,12 +71,15 @@ def training_loss(
     """
     config = network.config.model
     module = network.module(parameters)
+    if not isinstance(keys, StepKeys):
+        keys = StepKeys.create(keys, batch["label"].shape[0])
+    router_key = keys.router
     labels = drop_labels(batch["label"], keys.label, config.label_dropout, config.null_label)
     telemetry: Telemetry = {}
     distilled: dict[str, jax.Array] = {}
 
     def predict(x: jax.Array, time: jax.Array) -> jax.Array:
-        output, layers = module(x, time, labels, key=keys.router)
+        output, layers = module(x, time, labels, key=router_key)
         telemetry.update(layers)
         if teacher is not None:
             distilled.update(teacher.terms(teacher_parameters, output, x, time, labels))
@@ -153,9 +156,7 @@ def make_step(network: Network, teacher: Teacher | None = None) -> TrainStep:
 
             return jax.grad(loss, has_aux=True)(parameters)
 
-        keys = StepKeys.create(
-            jax.random.fold_in(state.key, state.step), batch["label"].shape[0]
-        )
+        keys = StepKeys.create(jax.random.fold_in(state.key, state.step), batch["label"].shape[0])
         compute = accumulated(of_a_batch, config.optimizer.accumulation_steps)
         gradients, metrics = compute(state.parameters, batch, keys)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
