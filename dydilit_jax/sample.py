@@ -15,6 +15,7 @@ from dydilit_jax.errors import UserError, unknown_name
 
 FORMATS = ("png", "npz")
 
+_CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run.")
 _LABELS = flags.DEFINE_string("labels", "", "Labels to draw, like 0,1,2; empty for all of them.")
 _NUM = flags.DEFINE_integer("num", 30, "Images to draw; the labels take turns.", lower_bound=1)
@@ -104,6 +105,7 @@ def main() -> None:
     workdir = Path(cli.required(_WORKDIR.value, "workdir"))
     out = Path(_OUT.value)
     form = output_format(out, _FORMAT.value)
+    _CONNECT()
 
     from tqdm import tqdm
 

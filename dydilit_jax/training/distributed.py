@@ -101,15 +101,13 @@ def from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
     uri = environment.get("OMPI_MCA_orte_hnp_uri")
     if uri is None or "OMPI_COMM_WORLD_SIZE" not in environment:
         return None
-    match = re.search(r"tcp6?://\[?([^,\]]+?)[,\]:](?!:)", uri)
-    job = re.match(r"(\d+)\.", uri)
-    if match is None or job is None:
+    # 123.0;tcp://10.0.0.1,10.1.0.1:34911 or 123.0;tcp6://[fe80::1,2620::2]:43370
+    match = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
+    if match is None:
         raise UserError(f"cannot read the launcher's address in OMPI_MCA_orte_hnp_uri={uri!r}")
-    host = match.group(1)
+    host = match.group(2) or f"[{match.group(3)}]"
     return Cluster(
-        f"[{host}]:{_hash_port(int(job.group(1)) // 4096)}"
-        if ":" in host
-        else f"{host}:{_hash_port(int(job.group(1)) // 4096)}",
+        f"{host}:{_hash_port(int(match.group(1)) // 4096)}",
         int(environment["OMPI_COMM_WORLD_SIZE"]),
         int(environment["OMPI_COMM_WORLD_RANK"]),
         _one_gpu(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),

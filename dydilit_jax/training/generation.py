@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dydilit_jax.config import SamplingConfig
@@ -46,7 +47,15 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
         return sample(sampler, guided, keys, shape)
 
     batch = batch_sharding(mesh)
-    return jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
+    compiled = jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
+
+    def on_mesh(
+        parameters: Any, key: jax.Array, indices: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return compiled(parameters, key, indices, labels)
+
+    return on_mesh
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
@@ -97,4 +106,6 @@ def generate_images(
         images = generate(
             parameters, key, jax.device_put(indices, sharding), jax.device_put(wanted, sharding)
         )
+        if jax.process_count() > 1:
+            images = multihost_utils.process_allgather(images, tiled=True)
         yield np.asarray(images)[: len(labels) - start]
