@@ -142,6 +142,9 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; the last step is always saved.
       keep_checkpoints: newest checkpoints that are kept.
       sample_every: steps between sample grids.
+      profile_at: first step of a profiler trace, in workdir/profiles; SIGUSR1 asks for one at any
+        time.
+      profile_steps: steps in a trace.
     """
 
     steps: int = 400_000
@@ -149,6 +152,8 @@ class TrainConfig:
     checkpoint_every: int = 10_000
     keep_checkpoints: int = 3
     sample_every: int = 10_000
+    profile_at: int = 0
+    profile_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,6 +280,8 @@ _LEAST = {
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 1,
     "train.sample_every": 0,
+    "train.profile_at": 0,
+    "train.profile_steps": 1,
     "distillation.prediction_weight": 0,
     "distillation.variance_weight": 0,
     "sampling.steps": 1,

@@ -24,6 +24,7 @@ from dydilit_jax.data.sources import Source, load_source
 from dydilit_jax.drawing import draw_grid, save_png
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.pixels import pixel_scores
+from dydilit_jax.models.count import multiply_adds
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.inheritance import inherited_state, load_teacher
@@ -39,6 +40,7 @@ from dydilit_jax.training.state import (
 )
 from dydilit_jax.training.step import Metrics, compile_step
 from dydilit_jax.training.telemetry import summarize
+from dydilit_jax.training.throughput import Profiler, Throughput
 from dydilit_jax.training.writers import Writers, read_metrics, truncate_metrics
 
 SAMPLE_SEED = 0
@@ -146,6 +148,17 @@ class Run:
         print(f"resumed from {self.workdir} at step {step}", flush=True)
         return state
 
+    def throughput(self, step: int) -> Throughput:
+        """The measure of a run that goes on from `step`."""
+        macs = multiply_adds(self.config.model, self.network.out_channels)
+        return Throughput(
+            self.workdir,
+            step,
+            batch_size=self.config.data.batch_size,
+            multiply_adds=sum(macs.values()),
+            devices=list(self.mesh.devices.flat),
+        )
+
     def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray:
         """Images (n, H, W, C) for labels (n,), drawn with the averaged parameters."""
         parameters = ema_parameters(state.ema, self.config.optimizer)
@@ -226,21 +239,31 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
     """
     run = Run(config, workdir)
     writers = Writers(workdir)
+    profiler = Profiler(workdir, config.train.profile_at, config.train.profile_steps)
     try:
         with stop_signals() as stop_requested:
             state = _loop(
-                run, writers, stop_requested, min(stop_step or math.inf, config.train.steps)
+                run,
+                writers,
+                profiler,
+                stop_requested,
+                min(stop_step or math.inf, config.train.steps),
             )
         if int(state.step) >= config.train.steps and config.evaluation.num:
             run.evaluate(state, writers)
     finally:
+        profiler.close()
         run.checkpointer.close()
         writers.close()
     return state
 
 
 def _loop(
-    run: Run, writers: Writers, stop_requested: Callable[[], bool], last_step: float
+    run: Run,
+    writers: Writers,
+    profiler: Profiler,
+    stop_requested: Callable[[], bool],
+    last_step: float,
 ) -> TrainState:
     config, intervals = run.config, run.config.train
     state = run.start()
@@ -250,34 +273,44 @@ def _loop(
         return state
     train_step = compile_step(run.network, run.mesh, run.teacher)
     progress = Progress(intervals.steps, config.data.batch_size)
+    meter = run.throughput(step)
     previous: tuple[int, Metrics] | None = None
     while step < last_step:
-        batch = to_mesh(next(run.batches), run.mesh)
-        state, metrics = train_step(state, batch)
+        with meter.measure("data"):
+            batch = to_mesh(next(run.batches), run.mesh)
+        profiler.before_step(step + 1)
+        with meter.measure("dispatch"):
+            state, metrics = train_step(state, batch)
         step += 1
+        profiler.after_step(step, metrics)
         if previous is not None:
-            check_finite(*previous, run.checkpointer.latest_step())
+            with meter.measure("device"):
+                check_finite(*previous, run.checkpointer.latest_step())
         previous = (step, metrics)
         if step == first + 1:
             # Compilation is no part of the rate.
             jax.block_until_ready(metrics)
             progress.start(step)
+            meter.compiled(step)
         stop = step >= last_step or stop_requested()
         if _due(step, intervals.log_every) or stop:
-            scalars, usages = summarize(jax.device_get(metrics))
+            with meter.measure("device"):
+                scalars, usages = summarize(jax.device_get(metrics))
             check_finite(step, metrics, run.checkpointer.latest_step())
-            scalars |= progress.report(step, scalars["loss"])
+            scalars |= progress.report(step, scalars["loss"]) | meter.report(step)
             writers.scalars(step, scalars, usages)
         if _due(step, intervals.checkpoint_every) or stop:
             progress.pause()
             check_finite(step, metrics, run.checkpointer.latest_step())
-            run.checkpointer.save(state, run.batches.get_state())
+            with meter.measure("checkpoint"):
+                run.checkpointer.save(state, run.batches.get_state())
             progress.resume()
         finished = step >= intervals.steps and config.evaluation.num
         if _due(step, intervals.sample_every) and not finished:
             progress.pause()
-            labels = run.grid_labels()
-            run.draw_samples(step, run.samples(state, labels), labels, writers)
+            with meter.measure("samples"):
+                labels = run.grid_labels()
+                run.draw_samples(step, run.samples(state, labels), labels, writers)
             progress.resume()
         if stop:
             break

@@ -57,7 +57,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(whole_batch):
     for name, value in whole_batch[0].items():
         scale = np.abs(value).max()
         assert scale > 0, name
-        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=5e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=2e-4 * scale, err_msg=name)
     assert metrics.keys() == whole_batch[1].keys()
     for name, value in whole_batch[1].items():
         if name != "load_balance":
@@ -85,7 +85,7 @@ def test_rematerialisation_changes_no_gradient(whole_batch, policy, scan):
     gradients, _ = gradients_of(tiny_config(data={"batch_size": BATCH}, model=model))
     for name, value in whole_batch[0].items():
         scale = np.abs(value).max()
-        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=5e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=2e-4 * scale, err_msg=name)
 
 
 def test_each_policy_keeps_less():
