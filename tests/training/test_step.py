@@ -80,7 +80,7 @@ def test_eight_devices_compute_what_one_does(histories, mesh):
     states, metrics, _ = histories[mesh]
     one_states, one_metrics, _ = histories["one"]
     losses = [float(step["loss"]) for step in metrics]
-    np.testing.assert_allclose(losses, [float(s["loss"]) for s in one_metrics], rtol=1e-7)
+    np.testing.assert_allclose(losses, [float(s["loss"]) for s in one_metrics], rtol=1e-6)
     assert len(set(losses)) == STEPS
     assert metrics[0].keys() == one_metrics[0].keys()
     for name, value in metrics[-1].items():
