@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dydilit_jax import sample
 from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
 from dydilit_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Euler
 from dydilit_jax.errors import UserError
@@ -108,3 +109,10 @@ def test_every_sampler_draws_the_same_image_in_any_batch_and_from_any_start(samp
 def test_paths_are_paths():
     with pytest.raises(UserError, match="is neither"):
         output_format(Path("a.jpg"), "png")
+
+
+def test_a_run_of_another_mesh_is_drawn_on_the_devices_there_are():
+    config = tiny_config(mesh={"data": 4, "fsdp": 64})
+    assert dict(sample._mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    config = tiny_config(mesh={"data": 2, "fsdp": 4})
+    assert sample._mesh(config).shape["fsdp"] == 4
