@@ -25,6 +25,28 @@ def define_config_flag() -> flags.FlagHolder:
     )
 
 
+def define_process_flags() -> Callable[[], None]:
+    """Defines the flags of a run in several processes; returns what connects this one to them."""
+    address = flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "host:port of process 0, of a run in several processes. Slurm, Open MPI and TPU pods are "
+        "found without it.",
+    )
+    processes = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    process = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    timeout = flags.DEFINE_float(
+        "distributed_timeout", 300.0, "Seconds that all processes have to come.", lower_bound=0.0
+    )
+
+    def connect() -> None:
+        from dydilit_jax.training import distributed
+
+        distributed.start(address.value, processes.value, process.value, timeout.value)
+
+    return connect
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses flags, calls `main` and exits: 0, or 2 after one line for a user's mistake."""
     # TensorFlow and Orbax tell much that is no news; what matters of it also raises.

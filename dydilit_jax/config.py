@@ -135,6 +135,10 @@ class OptimizerConfig:
       decay_steps: step at which a decaying schedule reaches zero; 0 for train.steps.
       b1, b2, eps, weight_decay: AdamW's. The decay applies to matrices and convolutions alone.
       clip_norm: gradients are scaled down to this global norm; 0 for no clipping.
+      accumulation_steps: equal parts that a batch is computed in, one after the other, for less
+        memory; gradients are added up in float32, and one update follows, that of the whole batch.
+      mu_dtype: dtype of AdamW's first moment, `float32` or `bfloat16`. The second stays float32: a
+        step changes it by a part in 1 / (1 - b2), which bfloat16 rounds away.
       ema_decay: decay of the moving average of the parameters, which is corrected for its start.
     """
 
@@ -147,6 +151,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    accumulation_steps: int = 1
+    mu_dtype: str = "float32"
     ema_decay: float = 0.9999
 
 
@@ -155,12 +161,17 @@ class MeshConfig:
     """Axes of the device mesh; one of them may be -1, which takes the devices that remain.
 
     Attributes:
-      data: copies of the parameters, each with its part of the batch.
+      data: copies of the parameters, each with its part of the batch. The outermost axis: several
+        TPU slices lie along it, so it must be a multiple of their number.
       fsdp: parts that parameters and batch are cut into.
+      tensor: parts that heads and hidden channels are cut into; a divisor of the heads.
+      sequence: parts that an image's rows of tokens are cut into; a divisor of their number.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +192,9 @@ class TrainConfig:
       max_rollbacks: returns to one and the same checkpoint, after which the run ends with an error.
       spike_factor: a loss above so many times its running median is bad too; 0 for never.
       spike_window: good losses that the median is taken of.
+      profile_at: first step of a profiler trace, in workdir/profiles; SIGUSR1 asks for one at any
+        time.
+      profile_steps: steps in a trace.
     """
 
     steps: int = 400_000
@@ -194,6 +208,8 @@ class TrainConfig:
     max_rollbacks: int = 3
     spike_factor: float = 0.0
     spike_window: int = 128
+    profile_at: int = 0
+    profile_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,6 +293,8 @@ class Config:
             )
         if self.evaluation.num == 1:
             raise UserError("evaluation.num must be 0, or at least 2 to have a spread; got 1")
+        if self.optimizer.mu_dtype not in MOMENT_DTYPES:
+            raise unknown_name("moment dtype", self.optimizer.mu_dtype, MOMENT_DTYPES)
         if not 0.0 <= self.optimizer.ema_decay < 1.0:
             raise UserError(
                 f"optimizer.ema_decay must be in [0, 1), got {self.optimizer.ema_decay}"
@@ -309,6 +327,7 @@ class Config:
 
 SCHEDULES = ("constant", "cosine", "linear")
 NONFINITE = ("skip", "stop")
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 _LEAST = {
     "seed": 0,
@@ -324,6 +343,7 @@ _LEAST = {
     "optimizer.decay_steps": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip_norm": 0,
+    "optimizer.accumulation_steps": 1,
     "train.steps": 1,
     "train.log_every": 1,
     "train.checkpoint_every": 0,
@@ -334,6 +354,8 @@ _LEAST = {
     "train.max_rollbacks": 1,
     "train.spike_factor": 0,
     "train.spike_window": 1,
+    "train.profile_at": 0,
+    "train.profile_steps": 1,
     "distillation.prediction_weight": 0,
     "distillation.variance_weight": 0,
     "sampling.steps": 1,
@@ -358,6 +380,9 @@ CHANGEABLE = (
     "data.prefetch",
     "data.on_error",
     "data.max_errors",
+    "optimizer.accumulation_steps",
+    "model.rematerialisation",
+    "model.scan_layers",
 )
 
 

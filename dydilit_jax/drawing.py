@@ -27,7 +27,7 @@ def draw_grid(
     """Draws images row by row, enlarged to about `tile` pixels where they are smaller.
 
     Args:
-      images: (n, H, W, C) in [-1, 1], C 1 or 3.
+      images: (n, H, W, C) in [-1, 1]; of any C but 3 the first channel is drawn, in grey.
       columns: images in a row.
       title: a line above the grid.
       labels: (n,) a word above each image; None for no words.

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 from dydilit_jax import cli
-from dydilit_jax.config import Config, SamplingConfig
+from dydilit_jax.config import Config, MeshConfig, SamplingConfig
 from dydilit_jax.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 FORMATS = ("png", "npz")
 
+_CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run.")
 _LABELS = flags.DEFINE_string("labels", "", "Labels to draw, like 0,1,2; empty for all of them.")
 _NUM = flags.DEFINE_integer("num", 30, "Images to draw; the labels take turns.", lower_bound=1)
@@ -114,7 +118,9 @@ def main() -> None:
     workdir = Path(cli.required(_WORKDIR.value, "workdir"))
     out = Path(_OUT.value)
     form = output_format(out, _FORMAT.value)
+    _CONNECT()
 
+    import jax
     from tqdm import tqdm
 
     from dydilit_jax.training import request
@@ -122,7 +128,6 @@ def main() -> None:
     from dydilit_jax.training.decoding import make_decoder
     from dydilit_jax.training.generation import generate_images
     from dydilit_jax.training.optimizer import ema_parameters
-    from dydilit_jax.training.sharding import make_mesh
     from dydilit_jax.training.state import Network, abstract_state
 
     trained = load_config(workdir)
@@ -137,7 +142,7 @@ def main() -> None:
     choices = parse_labels(_LABELS.value, config.model.num_classes)
     labels = np.resize(choices, _NUM.value)
     decode = make_decoder(config.autoencoder)
-    mesh = make_mesh(config.mesh)
+    mesh = _mesh(config)
     network = Network.create(config)
     step, ema = Checkpointer(workdir).restore_ema(abstract_state(network, mesh))
     asked = {
@@ -151,7 +156,7 @@ def main() -> None:
     }
     parts = request.Parts(out, asked)
     done = parts.done()
-    if done:
+    if done and jax.process_index() == 0:
         print(f"{done} of {len(labels)} images are there already")
     batches = generate_images(
         network,
@@ -162,6 +167,10 @@ def main() -> None:
         mesh=mesh,
         first=done,
     )
+    if jax.process_index() > 0:  # It draws its part of each batch; process 0 writes them all.
+        for _ in batches:
+            pass
+        return
     with tqdm(total=len(labels), initial=done, unit="image", desc="sampling") as bar:
         try:
             for count in request.draw_parts(parts, map(decode, batches), done):
@@ -182,6 +191,18 @@ def main() -> None:
         request.write_pngs(parts, labels, out)
     parts.delete()
     print(f"wrote {_NUM.value} images of step {step} to {out}")
+
+
+def _mesh(config: Config) -> Mesh:
+    """The run's mesh; all devices for the batch where it was trained on others."""
+    from dydilit_jax.training.sharding import check_model, make_mesh
+
+    try:
+        mesh = make_mesh(config.mesh)
+    except UserError:
+        mesh = make_mesh(MeshConfig())
+    check_model(config.model, mesh.shape)
+    return mesh
 
 
 def write_grid(

@@ -10,6 +10,7 @@ from dydilit_jax import cli
 from dydilit_jax.config import Config
 
 _CONFIG = cli.define_config_flag()
+_CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and samples.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, parameters, mesh and a batch's shapes; train nothing."
@@ -20,6 +21,7 @@ def main() -> None:
     """Trains, or with --dry_run says what would be trained."""
     cli.required(cli.flag_text("config"), "config")
     config = Config.from_dict(_CONFIG.value)
+    _CONNECT()
     if _DRY_RUN.value:
         from dydilit_jax.training.dry_run import describe
 

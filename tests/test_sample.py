@@ -164,3 +164,10 @@ def test_a_request_stops_at_ctrl_c_and_goes_on(tmp_path, monkeypatch, capsys):
         assert np.all(parts["arr_0"][:16] == 99)
         np.testing.assert_array_equal(parts["arr_0"][16:], whole["arr_0"][16:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.npz", "run", "whole.npz"]
+
+
+def test_a_run_of_another_mesh_is_drawn_on_the_devices_there_are():
+    config = tiny_config(mesh={"data": 4, "fsdp": 64})
+    assert dict(sample._mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    config = tiny_config(mesh={"data": 2, "fsdp": 4})
+    assert sample._mesh(config).shape["fsdp"] == 4

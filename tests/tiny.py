@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from dydilit_jax.config import Config, flatten
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
-from dydilit_jax.training.sharding import path_of
+from dydilit_jax.training.sharding import AXES, path_of
 from dydilit_jax.training.state import Network, TrainState, initial_state, state_shardings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,10 +94,11 @@ def full_config(**overrides: Any) -> Config:
     return Config.from_dict(merged(TINY, FULL, overrides))
 
 
-def mesh_of(data: int, fsdp: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp devices."""
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
+    """A mesh of these axes over as many devices."""
+    shape = (data, fsdp, tensor, sequence)
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def random_parameters(network: Network, seed: int = 0, spread: float = 0.2) -> Any:

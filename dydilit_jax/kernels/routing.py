@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 def router_logits(
     tokens: jax.Array, router: jax.Array, *, jitter: float = 0.0, key: jax.Array | None = None
 ) -> jax.Array:
-    """Logits of a linear router, accumulated in float32 or better.
+    """Logits of a linear router, in float32 or better, so that its gradient is not rounded.
 
     Args:
       tokens: (..., D) of any floating dtype.
@@ -54,7 +54,7 @@ def router_logits(
     if jitter > 0.0 and key is not None:
         noise = jax.random.uniform(key, tokens.shape, dtype, 1.0 - jitter, 1.0 + jitter)
         tokens = (tokens.astype(dtype) * noise).astype(tokens.dtype)
-    return jnp.matmul(tokens, router.astype(tokens.dtype), preferred_element_type=dtype)
+    return jnp.matmul(tokens.astype(dtype), router.astype(dtype))
 
 
 def route(logits: jax.Array, training: str, *, key: jax.Array | None = None) -> Routing:

@@ -12,7 +12,7 @@ from dydilit_jax.kernels.routing import ROUTER_TRAININGS
 ATTENTIONS = ("dydila", "relu", "focused", "softmax")
 FEEDFORWARDS = ("mix", "mlp")
 POSITIONS = ("sincos", "none", "rope")
-REMATERIALISATIONS = ("none", "dots", "full")
+REMATERIALISATIONS = ("none", "dots", "full", "offload")
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -124,7 +124,8 @@ class ModelConfig:
       scan_layers: run the blocks in one scanned loop (compile time does not grow with depth) or
         unrolled. The parameters are stacked either way.
       rematerialisation: what the backward pass computes again instead of keeping: `none`, `dots`
-        (all but matrix products) or `full` (each block).
+        (all but matrix products), `full` (each block), or `offload` (as `dots`, with the products
+        kept in the host's memory).
       attention: the token mixer.
       feedforward: the channel mixer.
     """

@@ -22,6 +22,8 @@ from dydilit_jax.models.attention.registry import ATTENTION_MODULES
 from dydilit_jax.models.config import ModelConfig
 from dydilit_jax.models.embeddings import LabelEmbedding, TimeEmbedding, sincos_position
 from dydilit_jax.models.feedforward import FEEDFORWARD_MODULES
+from dydilit_jax.models.linear import Linear
+from dydilit_jax.models.placement import place
 
 NORM_EPS = 1e-6
 
@@ -59,7 +61,7 @@ class Modulation(nnx.Module):
     def __init__(self, width: int, parts: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.parts = parts
         zeros = nnx.initializers.zeros
-        self.linear = nnx.Linear(width, parts * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.linear = Linear(width, parts * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, condition: jax.Array) -> list[jax.Array]:
         """Shifts, scales and gates for a conditioning (B, D), each (B, D)."""
@@ -93,7 +95,7 @@ class FinalLayer(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         zeros = nnx.initializers.zeros
         self.modulation = Modulation(config.width, 2, dtype=dtype, rngs=rngs)
-        self.linear = nnx.Linear(
+        self.linear = Linear(
             config.width,
             config.patch_size**2 * out_channels,
             kernel_init=zeros,
@@ -107,9 +109,11 @@ class FinalLayer(nnx.Module):
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
+# What a rematerialised block keeps for the backward pass, by name of the policy.
 REMATERIALISATION_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -125,7 +129,7 @@ class DyDiLiT(nnx.Module):
     def __init__(self, config: ModelConfig, out_channels: int | None = None, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.config = config
-        self.patch_embed = nnx.Linear(
+        self.patch_embed = Linear(
             config.patch_size**2 * config.channels,
             config.width,
             kernel_init=nnx.initializers.xavier_uniform(),
@@ -171,7 +175,7 @@ class DyDiLiT(nnx.Module):
         x = self.patch_embed(patchify(images.astype(dtype), config.patch_size))
         if config.position == "sincos":
             x = x + jnp.asarray(sincos_position(config.grid, config.width), dtype)
-        condition = self.time_embed(time) + self.label_embed(labels)
+        condition = place(self.time_embed(time) + self.label_embed(labels), "condition")
         x, telemetry = self.run_blocks(x, condition, key)
         tokens = self.final(x, condition)
         tokens = tokens.astype(jnp.promote_types(dtype, jnp.float32))
@@ -194,7 +198,9 @@ class DyDiLiT(nnx.Module):
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, Telemetry]:
             parameters, layer_key = layer
-            return nnx.merge(graph, parameters)(x, condition, Context(rotation, layer_key))
+            context = Context(rotation, layer_key)
+            x, telemetry = nnx.merge(graph, parameters)(place(x, "tokens"), condition, context)
+            return place(x, "tokens"), telemetry
 
         if config.rematerialisation != "none":
             policy = REMATERIALISATION_POLICIES[config.rematerialisation]

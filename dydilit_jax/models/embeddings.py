@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dydilit_jax.models.linear import Linear
+
 FREQUENCIES = 256  # width of the sinusoidal time embedding before its network
 MAX_PERIOD = 10_000.0
 
@@ -49,8 +51,8 @@ class TimeEmbedding(nnx.Module):
     def __init__(self, width: int, frequency_shift: int = 0, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.frequency_shift = frequency_shift
         init = nnx.initializers.normal(0.02)
-        self.hidden = nnx.Linear(FREQUENCIES, width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(FREQUENCIES, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, time: jax.Array) -> jax.Array:
         """Embeds times (B,)."""
@@ -72,4 +74,5 @@ class LabelEmbedding(nnx.Module):
 
     def __call__(self, labels: jax.Array) -> jax.Array:
         """Embeds labels (B,)."""
-        return self.table(labels)
+        # Rows first, then the dtype: their gradients are added up in the table's own.
+        return self.table.embedding[...][labels].astype(self.table.dtype)

@@ -8,6 +8,8 @@ from flax import nnx
 
 from dydilit_jax.kernels.depthwise.api import depthwise_conv
 from dydilit_jax.models.config import ModelConfig
+from dydilit_jax.models.linear import Linear, affine
+from dydilit_jax.models.placement import is_cut, place
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -16,6 +18,14 @@ def depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> 
     """Uniform in +-1/sqrt(fan in), the fan in of a depthwise kernel being its k x k taps."""
     bound = 1.0 / (shape[0] * shape[1]) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def convolve(
+    tokens: jax.Array, grid: tuple[int, int], kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Depthwise convolution of tokens (B, N, C) that lie row by row on their grid."""
+    image = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
+    return depthwise_conv(image, kernel, bias).reshape(tokens.shape)
 
 
 class DepthwiseConv(nnx.Module):
@@ -30,8 +40,7 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Convolves tokens (B, N, C), row by row on the grid."""
-        image = tokens.reshape(tokens.shape[0], *self.grid, tokens.shape[-1])
-        return depthwise_conv(image, self.kernel[...], self.bias[...]).reshape(tokens.shape)
+        return convolve(tokens, self.grid, self.kernel[...], self.bias[...])
 
 
 class MLP(nnx.Module):
@@ -40,12 +49,13 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden = config.feedforward.hidden(config.width)
         dtype = jnp.dtype(config.dtype)
-        self.hidden = nnx.Linear(config.width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(hidden, config.width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.hidden = Linear(config.width, hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.out = Linear(hidden, config.width, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes channels of tokens (B, N, D)."""
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=True))
+        hidden = place(self.hidden(x), "channels")
+        return self.out(jax.nn.gelu(hidden, approximate=True))
 
 
 class MixFFN(nnx.Module):
@@ -57,18 +67,36 @@ class MixFFN(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden = config.feedforward.hidden(config.width)
         dtype = jnp.dtype(config.dtype)
-        self.hidden = nnx.Linear(
-            config.width, 2 * hidden, kernel_init=xavier, dtype=dtype, rngs=rngs
-        )
+        self.hidden = Linear(config.width, 2 * hidden, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.depthwise = DepthwiseConv(2 * hidden, 3, config.grid, rngs=rngs)
-        self.out = nnx.Linear(
+        self.out = Linear(
             hidden, config.width, use_bias=False, kernel_init=xavier, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Mixes channels of tokens (B, N, D)."""
-        value, gate = jnp.split(self.depthwise(jax.nn.silu(self.hidden(x))), 2, axis=-1)
+        if is_cut("tensor"):
+            value, gate = self.halves(x)
+        else:
+            value, gate = jnp.split(self.depthwise(jax.nn.silu(self.hidden(x))), 2, axis=-1)
         return self.out(value * jax.nn.silu(gate))
+
+    def halves(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Value and gate, each from its own columns, so that a device has the same of both.
+
+        Cut as one, value and gate of a channel would lie on two devices.
+        """
+        width = self.hidden.out_features // 2
+        value, gate = (self._part(x, slice(start, start + width)) for start in (0, width))
+        return value, gate
+
+    def _part(self, x: jax.Array, part: slice) -> jax.Array:
+        """The channels of one part after map, SiLU and convolution."""
+        hidden, conv = self.hidden, self.depthwise
+        assert hidden.bias is not None
+        columns = affine(x.astype(hidden.dtype), hidden.kernel[..., part], hidden.bias[...][part])
+        columns = jax.nn.silu(place(columns, "channels"))
+        return convolve(columns, conv.grid, conv.kernel[..., part], conv.bias[...][part])
 
 
 FEEDFORWARD_MODULES = {"mlp": MLP, "mix": MixFFN}

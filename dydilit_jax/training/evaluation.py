@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dydilit_jax.data.sources import Source
 from dydilit_jax.drawing import draw_grid, save_png
 from dydilit_jax.metrics.pixels import pixel_scores
 from dydilit_jax.training.agreement import of_first_process
+from dydilit_jax.training.decoding import Decode, make_decoder
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.interruption import Interruption
 from dydilit_jax.training.optimizer import ema_parameters
@@ -51,6 +53,11 @@ class Evaluation:
         self.network, self.mesh, self.source = network, mesh, source
         self.workdir, self.writers, self.interruption = workdir, writers, interruption
 
+    @functools.cached_property
+    def _decode(self) -> Decode:
+        """From what the network draws to pixels; latents without an autoencoder stay as they are."""
+        return make_decoder(self.config.autoencoder)
+
     def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray | None:
         """Images (n, H, W, C) for labels (n,); None if the run was asked to stop meanwhile."""
         parameters = ema_parameters(state.ema, self.config.optimizer)
@@ -83,20 +90,21 @@ class Evaluation:
         images = self.samples(state, labels)
         if images is None:
             return False
+        if jax.process_index() > 0:
+            return True
         scale = self.config.sampling.guidance_scale
         picture = draw_grid(
-            images,
+            self._decode(images),
             columns=len(np.unique(labels)),
             title=f"{self.config.data.source}, step {step}, guidance {scale:g}, averaged weights",
             labels=[self.source.label_names[label] for label in labels],
         )
-        if jax.process_index() == 0:
-            path = self.grid_path(step)
-            unfinished = path.with_name("unfinished_" + path.name)
-            with tolerated(f"the sample grid of step {step}"):
-                path.parent.mkdir(exist_ok=True)
-                save_png(picture, unfinished)
-                unfinished.replace(path)
+        path = self.grid_path(step)
+        unfinished = path.with_name("unfinished_" + path.name)
+        with tolerated(f"the sample grid of step {step}"):
+            path.parent.mkdir(exist_ok=True)
+            save_png(picture, unfinished)
+            unfinished.replace(path)
         self.writers.image(step, "samples", picture)
         return True
 

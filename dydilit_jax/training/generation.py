@@ -47,7 +47,15 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
         return sample(sampler, guided, keys, shape)
 
     batch = batch_sharding(mesh)
-    return jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
+    compiled = jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
+
+    def on_mesh(
+        parameters: Any, key: jax.Array, indices: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return compiled(parameters, key, indices, labels)
+
+    return on_mesh
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:

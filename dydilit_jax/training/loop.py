@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from dydilit_jax.config import Config
 from dydilit_jax.data.load import load_data
 from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.errors import UserError
+from dydilit_jax.models.count import multiply_adds
 from dydilit_jax.training.agreement import common_text, raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.evaluation import Evaluation
@@ -31,24 +30,22 @@ from dydilit_jax.training.interruption import Interruption, stop_signals
 from dydilit_jax.training.lock import WorkdirLock, locked
 from dydilit_jax.training.progress import Progress
 from dydilit_jax.training.recovery import Recovery, due
-from dydilit_jax.training.sharding import batch_sharding, check_batch, make_mesh
-from dydilit_jax.training.state import Network, TrainState, abstract_state, create_state
-from dydilit_jax.training.step import Batch, Metrics, compile_step
+from dydilit_jax.training.sharding import check_fits, make_mesh, to_mesh
+from dydilit_jax.training.state import (
+    Network,
+    TrainState,
+    abstract_state,
+    create_state,
+    state_shardings,
+)
+from dydilit_jax.training.step import Metrics, compile_step
 from dydilit_jax.training.storage import tolerated, warn
 from dydilit_jax.training.telemetry import summarize
+from dydilit_jax.training.throughput import Profiler, Throughput
 from dydilit_jax.training.writers import Writers, truncate_metrics
 
 LAST_ATTEMPTS, RETRY_SECONDS = 3, 2.0
 RETRY_PARTS = 10  # tries again after this part of checkpoint_every
-
-
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """A process's part of a batch as part of one array over all devices."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +75,15 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.mesh = make_mesh(config.mesh)
-        check_batch(config.data.batch_size, self.mesh)
+        check_fits(config, self.mesh)
         self.network = Network.create(config)
+        # The rules' mistakes are to show before a file is written.
+        state_shardings(self.network, self.mesh)
         self.source, batches = load_data(config)
-        self.batches = DevicePrefetch(
-            batches, lambda batch: to_mesh(batch, self.mesh), depth=config.data.prefetch
-        )
+        # With several processes placing may exchange rows between them, which every process has to
+        # do at the same point of its program: not in a thread of its own.
+        depth = config.data.prefetch if jax.process_count() == 1 else 0
+        self.batches = DevicePrefetch(batches, lambda batch: to_mesh(batch, self.mesh), depth=depth)
         self.teacher = load_teacher(self.network, self.mesh)
         self.recovery = Recovery()
 
@@ -99,12 +99,15 @@ class Run:
         )
         self.progress = Progress(train.steps, self.config.data.batch_size)
         self.writers = Writers(self.workdir)
+        self.profiler = Profiler(self.workdir, train.profile_at, train.profile_steps)
+        self.meter = self._throughput(0)
         self.evaluation = Evaluation(
             self.network, self.mesh, self.source, self.workdir, self.writers, self.interruption
         )
 
     def close(self) -> None:
         """Waits until all is written."""
+        self.profiler.close()
         self.batches.close()
         try:
             self.checkpointer.close()
@@ -121,6 +124,7 @@ class Run:
             return self._new_state()
         state, saved = restored
         step = int(state.step)
+        self.meter = self._throughput(step)
         self.batches.set_state(saved["position"])
         self.recovery = Recovery.from_json(saved["recovery"])
         self._truncate_metrics(step)
@@ -134,7 +138,8 @@ class Run:
           UserError: the step is not finite, and the run is to stop at that.
         """
         train = self.config.train
-        watched = jax.device_get({name: done.metrics[name] for name in WATCHED})
+        with self.meter.measure("device"):
+            watched = jax.device_get({name: done.metrics[name] for name in WATCHED})
         values = {name: float(value) for name, value in watched.items()}
         problem = self.recovery.review(values, train)
         if train.nonfinite == "stop" and (bad := not_finite(values)):
@@ -151,6 +156,7 @@ class Run:
         if log:
             scalars, usages = summarize(jax.device_get(done.metrics))
             scalars |= self.progress.report(done.step, scalars["loss"])
+            scalars |= self.meter.report(done.step)
             scalars |= {
                 "skipped_steps": self.recovery.skipped,
                 "rollbacks": len(self.recovery.rollbacks),
@@ -187,7 +193,17 @@ class Run:
                 f"{where}, and on without the batches in between"
             )
         self.progress.start(step)
+        self.meter = self._throughput(step)
+        self.meter.compiled(step)
         return state
+
+    def draw(self, state: TrainState) -> bool:
+        """Draws the sample grid of the state's step; False if the run was asked to stop."""
+        self.progress.pause()
+        with self.meter.measure("samples"):
+            drawn = self.evaluation.draw_grid(state)
+        self.progress.resume()
+        return drawn
 
     def save(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
         """Starts saving a checkpoint."""
@@ -196,7 +212,8 @@ class Run:
                 self.lock.check()
         self.progress.pause()
         data = {"position": position, "recovery": self.recovery.to_json()}
-        self.checkpointer.save(state, data, scheduled)
+        with self.meter.measure("checkpoint"):
+            self.checkpointer.save(state, data, scheduled)
         self.progress.resume()
 
     def save_last(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
@@ -229,6 +246,17 @@ class Run:
         failed = self.checkpointer.failed_step
         wait = max(1, self.config.train.checkpoint_every // RETRY_PARTS)
         return failed is not None and jax.process_count() == 1 and step >= failed + wait
+
+    def _throughput(self, step: int) -> Throughput:
+        """The measure of a run that goes on from `step`."""
+        macs = multiply_adds(self.config.model, self.network.out_channels)
+        return Throughput(
+            self.workdir,
+            step,
+            batch_size=self.config.data.batch_size,
+            multiply_adds=sum(macs.values()),
+            devices=list(self.mesh.devices.flat),
+        )
 
     def _new_state(self) -> TrainState:
         state = create_state(self.network, self.mesh)
@@ -280,15 +308,20 @@ def _loop(run: Run, last_step: float) -> TrainState:
     train_step = compile_step(run.network, run.mesh, run.teacher)
     previous: Dispatched | None = None
     while not stop:
-        batch = next(run.batches)
-        state, metrics = train_step(state, batch)
+        with run.meter.measure("data"):
+            batch = next(run.batches)
+        run.profiler.before_step(step + 1)
+        with run.meter.measure("dispatch"):
+            state, metrics = train_step(state, batch)
         step += 1
+        run.profiler.after_step(step, metrics)
         newest = Dispatched(step, metrics, run.batches.get_state())
         run.interruption.propose()
         if step == first + 1:
             # Compilation is no part of the rate.
             jax.block_until_ready(metrics)
             run.progress.start(step)
+            run.meter.compiled(step)
 
         # Review the step before, and this one too if its state is about to be used.
         reviewed, problem = previous, None
@@ -315,9 +348,7 @@ def _loop(run: Run, last_step: float) -> TrainState:
         if scheduled or (retries and not stop):
             run.save(state, newest.position, scheduled)
         if draws and not (stop and step < last_step):
-            run.progress.pause()
-            stop = not run.evaluation.draw_grid(state) or stop
-            run.progress.resume()
+            stop = not run.draw(state) or stop
         if stop:
             run.save_last(state, newest.position, scheduled)
     if step < intervals.steps:

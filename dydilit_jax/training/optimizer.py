@@ -48,6 +48,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=_decayed,
+        mu_dtype=config.mu_dtype,
     )
     if not config.clip_norm:
         return adamw

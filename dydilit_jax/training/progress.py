@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+import jax
+
 
 def duration(seconds: float) -> str:
     """Seconds as `42s`, `3m05s`, `2h07m` or `1d04h`."""
@@ -45,20 +47,22 @@ class Progress:
         """Lets the clock run again."""
         self._resumed = time.perf_counter()
 
+    def _print(self, line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, file=sys.stderr, flush=True)
+
     def report(self, step: int, loss: float) -> dict[str, float]:
         """Prints the line for `step` steps done, restarts the clock; returns the rates."""
         self.pause()
         if self._step is None or step <= self._step:
-            print(f"step {step}/{self._total}  loss {loss:.4f}", file=sys.stderr, flush=True)
+            self._print(f"step {step}/{self._total}  loss {loss:.4f}")
             self.start(step)
             return {}
         rate = (step - self._step) / max(self._seconds, 1e-9)
         left = duration((self._total - step) / rate)
-        print(
+        self._print(
             f"step {step}/{self._total}  loss {loss:.4f}  "
-            f"{rate * self._batch_size:,.0f} images/s  {left} left",
-            file=sys.stderr,
-            flush=True,
+            f"{rate * self._batch_size:,.0f} images/s  {left} left"
         )
         self.start(step)
         return {"steps_per_second": rate, "images_per_second": rate * self._batch_size}

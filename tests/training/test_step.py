@@ -25,31 +25,47 @@ from tests.tiny import (
     to_numpy,
 )
 
-STEPS = 3
-MESHES = {"one": (1, 1), "data": (8, 1), "both": (2, 4)}
-CONFIG = full_config()
+STEPS = 5
+# data, fsdp, tensor, sequence
+MESHES = {
+    "one": (1, 1, 1, 1),
+    "data": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "tensor": (1, 1, 8, 1),
+    "sequence": (1, 1, 1, 8),
+    "all": (1, 2, 2, 2),
+}
+# Eight heads and eight rows of tokens: each axis can take all devices.
+CONFIG = full_config(model={"patch_size": 1, "attention": {"heads": 8}})
 
 
 @pytest.fixture(scope="module")
 def histories():
     """For each mesh: states before and after every step as numpy, metrics, and the last state.
 
-    In float64: a router near a tie may choose otherwise by float32's rounding, which differs
+    All in float64: a router near a tie may choose otherwise by float32's rounding, which differs
     between meshes, and a choice is not a rounding error.
     """
     with jax.enable_x64(True):
         return _histories()
 
 
+def in_float64(leaf):
+    return leaf.astype(np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
 def _histories():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="float64"))
     network = Network.create(config)
     _, batches = load_data(CONFIG)
-    steps = [next(batches) for _ in range(STEPS)]
+    steps = [
+        {name: np.asarray(value, np.float64 if name == "image" else None) for name, value in b}
+        for b in (next(batches).items() for _ in range(STEPS))
+    ]
     result = {}
     for name, sizes in MESHES.items():
         mesh = mesh_of(*sizes)
-        state = random_state(network, mesh, seed=1)
+        state = jax.tree.map(in_float64, random_state(network, mesh, seed=1))
         train_step = compile_step(network, mesh)
         states, metrics = [state_arrays(state)], []
         for batch in steps:
@@ -60,7 +76,7 @@ def _histories():
     return result
 
 
-@pytest.mark.parametrize("mesh", ["data", "both"])
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 def test_eight_devices_compute_what_one_does(histories, mesh):
     states, metrics, _ = histories[mesh]
     one_states, one_metrics, _ = histories["one"]
@@ -69,20 +85,20 @@ def test_eight_devices_compute_what_one_does(histories, mesh):
     assert len(set(losses)) == STEPS
     assert metrics[0].keys() == one_metrics[0].keys()
     for name, value in metrics[-1].items():
-        np.testing.assert_allclose(value, one_metrics[-1][name], rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, one_metrics[-1][name], rtol=1e-5, atol=1e-9, err_msg=name)
     for name, value in states[-1].items():
-        np.testing.assert_allclose(value, one_states[-1][name], rtol=0, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(value, one_states[-1][name], rtol=0, atol=1e-7, err_msg=name)
 
 
 def test_every_parameter_is_moved_by_far_more_than_that_tolerance(histories):
     states, _, _ = histories["one"]
     for name, value in states[-1].items():
         if name.startswith("parameters/"):
-            assert np.max(np.abs(value - states[0][name])) > 4e-4, name
+            assert np.max(np.abs(value - states[0][name])) > 1e-4, name
 
 
 def test_parameters_moments_and_average_are_cut_alike(histories):
-    _, _, state = histories["both"]
+    _, _, state = histories["all"]
     moments = [state.optimizer[1][0].mu, state.optimizer[1][0].nu, state.ema.ema]
     leaves = jax.tree_util.tree_flatten_with_path(state.parameters)[0]
     cut = 0
@@ -99,8 +115,10 @@ def test_parameters_moments_and_average_are_cut_alike(histories):
             if parameter.sharding.is_fully_replicated:
                 assert part == parameter.size
             else:
-                # fsdp cuts into four; data copies.
-                assert part * 4 == parameter.size
+                # fsdp and tensor cut into two each; the other axes copy.
+                names = [name for name in jax.tree.leaves(tuple(parameter.sharding.spec)) if name]
+                assert set(names) <= {"fsdp", "tensor"}
+                assert part * 2 ** len(names) == parameter.size
         cut += 0 if parameter.sharding.is_fully_replicated else parameter.size
     assert cut > 0.7 * sum(parameter.size for _, parameter in leaves)
 
@@ -109,21 +127,6 @@ def _at(tree, path):
     for key in path:
         tree = tree[key.key]
     return tree
-
-
-def test_known_parameters_are_cut_along_known_axes(histories):
-    _, _, state = histories["both"]
-    blocks = state.parameters["blocks"]
-
-    def shard(array):
-        return array.addressable_shards[0].data.shape
-
-    assert shard(blocks["attention"]["qkv"]["kernel"]) == (2, 4, 3, 16)
-    assert shard(blocks["attention"]["query_bank"]["kernel"]) == (2, 3, 4, 16)
-    assert shard(blocks["modulation"]["linear"]["kernel"]) == (2, 4, 96)
-    assert shard(state.parameters["label_embed"]["table"]["embedding"]) == (11, 4)
-    assert shard(state.parameters["final"]["linear"]["kernel"]) == (4, 16)
-    assert shard(state.parameters["final"]["linear"]["bias"]) == (16,)
 
 
 def test_batch_is_cut_over_all_devices():
@@ -150,7 +153,7 @@ def test_average_is_the_bias_corrected_mean_of_the_parameters(histories):
 
 
 def test_step_counts_and_keeps_its_key(histories):
-    states, metrics, _ = histories["both"]
+    states, metrics, _ = histories["all"]
     assert [int(state["step"]) for state in states] == list(range(STEPS + 1))
     np.testing.assert_array_equal(states[0]["key"], states[-1]["key"])
     assert all(metric["gradient_norm"] > 0 for metric in metrics)

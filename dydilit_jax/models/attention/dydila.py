@@ -28,6 +28,8 @@ from dydilit_jax.models.attention.projections import (
 )
 from dydilit_jax.models.config import AttentionConfig, ModelConfig
 from dydilit_jax.models.feedforward import DepthwiseConv
+from dydilit_jax.models.linear import affine
+from dydilit_jax.models.placement import on_each_device
 
 MEASURED = ("query", "key", "query_redundant", "key_redundant")
 router_init = nnx.initializers.normal(0.02)
@@ -77,18 +79,29 @@ class ProjectorBank(nnx.Module):
         """(B, N, D) to the redundancy Q' or K' (B, N, D), and what the router chose."""
         kernel = self.kernel[...]
         if self.router is None:
-            return x @ kernel[0].astype(x.dtype), None
+            return affine(x, kernel[0]), None
         jitter_key, choice_key = _split(key, 2)
         logits = routing.router_logits(x, self.router[...], jitter=self.jitter, key=jitter_key)
         chosen = routing.route(logits, self.training, key=choice_key)
         soft = self.training == "soft"
-        projected = grouped_projection(
-            x,
-            kernel,
-            chosen.weights,
-            chosen.choice,
-            straight_through=self.training != "switch",
-            implementation="dense" if soft else None,
+
+        def project(
+            x: jax.Array, weights: jax.Array, choice: jax.Array, kernel: jax.Array
+        ) -> jax.Array:
+            return grouped_projection(
+                x,
+                kernel,
+                weights,
+                choice,
+                straight_through=self.training != "switch",
+                implementation="dense" if soft else None,
+            )
+
+        projected = on_each_device(
+            project,
+            (x, chosen.weights, chosen.choice, kernel),
+            ("tokens", "tokens", "tokens", "columns"),
+            "channels",
         )
         return projected, chosen
 
@@ -193,7 +206,8 @@ class DyDiLA(nnx.Module):
         output = dydila_core(inputs, self.options)
         mixed = output.output
         if self.gain is not None:
-            mixed = mixed * self.gain[...].astype(mixed.dtype)
+            # In the gain's dtype, in which its gradient is added up.
+            mixed = (mixed * self.gain[...]).astype(mixed.dtype)
         if self.depthwise is not None:
             mixed = mixed + self.depthwise(inputs.value)
         telemetry = self.telemetry(routings | output.routings, output.denominator)

@@ -10,6 +10,8 @@ from flax import nnx
 
 from dydilit_jax.kernels.rotary import Rotation
 from dydilit_jax.models.config import ModelConfig
+from dydilit_jax.models.linear import Linear, affine
+from dydilit_jax.models.placement import place
 
 Telemetry = dict[str, jax.Array]
 
@@ -46,18 +48,15 @@ class SharedProjections(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(B, N, D) to queries, keys and values, each (B, N, D)."""
-        width = x.shape[-1]
-        kernel = self.kernel[...].astype(self.dtype).reshape(width, 3 * width)
-        joined = x.astype(self.dtype) @ kernel
-        if self.bias is not None:
-            joined = joined + self.bias[...].astype(self.dtype).reshape(3 * width)
-        query, key, value = jnp.split(joined, 3, axis=-1)
+        bias = None if self.bias is None else self.bias[...]
+        joined = affine(x.astype(self.dtype), self.kernel[...], bias)
+        query, key, value = (place(joined[..., part, :], "channels") for part in range(3))
         return query, key, value
 
 
-def output_projection(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Linear:
+def output_projection(config: ModelConfig, *, rngs: nnx.Rngs) -> Linear:
     """The linear map after the heads are joined."""
-    return nnx.Linear(
+    return Linear(
         config.width,
         config.width,
         kernel_init=nnx.initializers.xavier_uniform(),
