@@ -129,7 +129,6 @@ def test_one_call_a_direction_and_nothing_else(chip: str, heads: int, tokens: in
     activation = batch * tokens * WIDTH * 2
     state = batch * WIDTH * (WIDTH // heads) * 2
     assert set(program.kernels) == {"dydila_forward", "dydila_backward"}
-    print(chip, heads, tokens, program.kernels, program.copies, program.temporary)  # TEMP
     assert max(program.copies, default=0) <= max(state, activation // 64)
     # The state in both orientations, the denominators and logits, the routers in rows.
     small = 16e6 if tokens == 16384 else 6e6
