@@ -202,7 +202,7 @@ def test_tokens_without_a_positive_entry():
     inputs = inputs._replace(
         query=jnp.where(dead > 0, inputs.query, -jnp.abs(inputs.query) - 0.1),
         key=jnp.where(dead > 0, inputs.key, -jnp.abs(inputs.key) - 0.1),
-        key_redundant=-jnp.abs(inputs.key_redundant) - 0.1,
+        key_redundant=-jnp.abs(inputs.value) - 0.1,
     )
     check(case, inputs)
 
@@ -237,7 +237,9 @@ def test_no_races(monkeypatch: pytest.MonkeyPatch):
         actual = run(case, inputs, "pallas_tpu")
     for name, value in expected.items():
         assert error(actual[name], value) < 2e-4, name
-    assert not interpret_pallas_call.races.races_found
+    races = interpret_pallas_call.races
+    assert races is not None
+    assert not races.races_found
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -321,7 +323,7 @@ def test_a_long_sequence_over_eight_devices_equals_the_unsplit_one():
 
 
 BASE = Case(tokens=160, head_width=8)
-MISTAKES = {
+MISTAKES: dict[str, tuple[CoreInputs, dict[str, Any], str]] = {
     "float16": (make(BASE, jnp.float16), {}, "bfloat16 or all float32, got float16"),
     "narrow": (make(Case(head_width=12)), {}, "head width 12: must be a multiple of 8"),
     "rotary": (
@@ -339,8 +341,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_named_backend_says_why_it_cannot_run(name: str):
-    inputs, options, message = MISTAKES[name]
-    options = CoreOptions(heads=2, **options)
+    inputs, keywords, message = MISTAKES[name]
+    options = CoreOptions(heads=2, **keywords)
     with tracing_for("tpu"), pytest.raises(UserError, match=message):
         dydila_core(inputs, options, implementation="pallas_tpu")
     with tracing_for("tpu"):

@@ -185,6 +185,7 @@ def _lambdas(inputs: CoreInputs, plan: Plan) -> Arrays:
         if plan.noisy:
             # The keys and the shape of the XLA path: the same noise.
             batch, tokens, _ = inputs.query.shape
+            assert key is not None
             choice_key = jax.random.split(key)[1]
             noise = jax.random.gumbel(choice_key, (batch, tokens, plan.choices), jnp.float32)
             arrays[f"{side}_noise"] = noise.transpose(0, 2, 1)

@@ -60,9 +60,10 @@ def query_step(plan: Plan, refs: Refs, step: jax.Array) -> None:
     valid = valid_row(plan, step)
     base, redundant, logits = features(plan, refs, "query", valid)
     choice = Choice(plan, refs["bank"][...], logits) if plan.differential else None
+    value = None if choice is None else choice.value
 
     def head_step(carry: jax.Array, head: Any) -> jax.Array:
-        query, phi = head_features(plan, head, base, redundant, choice and choice.value)
+        query, phi = head_features(plan, head, base, redundant, value)
         gradient = load_head(plan, refs["output_gradient"], head, valid)
         if plan.normalizer == "rms":
             gradient = _rms_gradient(plan, refs["state_mean"][0, head], query, gradient)
@@ -139,10 +140,11 @@ def key_step(plan: Plan, refs: Refs, step: jax.Array) -> None:
     valid = valid_row(plan, step)
     base, redundant, logits = features(plan, refs, "key", valid)
     choice = Choice(plan, refs["bank"][...], logits) if plan.differential else None
+    value = None if choice is None else choice.value
     weight = masked(jnp.ones((1, plan.block), jnp.float32), valid)
 
     def head_step(carry: jax.Array, head: Any) -> jax.Array:
-        key, _ = head_features(plan, head, base, redundant, choice and choice.value)
+        key, _ = head_features(plan, head, base, redundant, value)
         values = load_head(plan, refs["value"], head, valid)
         value_gradient = dot(refs["state_gradient"][head], key, dtype=plan.dtype)
         refs["value_gradient"][0, head] = value_gradient.astype(plan.dtype)

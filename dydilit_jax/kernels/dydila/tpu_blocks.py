@@ -185,7 +185,7 @@ def over_chunks(plan: Plan, group: Any, init: Any, body: Callable[[Any, Any, int
     return one_head(init, group) if plan.groups > 1 else over_heads(plan, init, one_head)
 
 
-def for_groups(plan: Plan, body: Callable[[Any], None]) -> None:
+def for_groups(plan: Plan, body: Callable[[Any], Any]) -> None:
     """Runs `body(group)` for every group of channels that a norm runs over."""
     if plan.groups == 1:
         body(0)

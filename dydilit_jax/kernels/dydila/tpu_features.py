@@ -126,7 +126,7 @@ class Measured:
         if plan.groups == 1:
             return group_norms(0)
         if router is None:
-            for_groups(plan, lambda group: group_norms(group))
+            for_groups(plan, group_norms)
             return None
         zeros = jnp.zeros((plan.choices, plan.block), jnp.float32)
         return lax.fori_loop(0, plan.groups, lambda g, carry: carry + group_norms(g), zeros)

@@ -128,7 +128,9 @@ def vmem_bytes(specs: list[Spec], scratch: dict[str, Any]) -> int:
     """VMEM of a launch: two buffers of each block, and scratch."""
     total = 0
     for array, spec in specs:
-        total += 2 * padded_bytes(tuple(spec.block_shape), array.dtype)
+        assert spec.block_shape is not None
+        shape = tuple(int(size) for size in spec.block_shape)  # type: ignore[arg-type]
+        total += 2 * padded_bytes(shape, array.dtype)
     return total + sum(padded_bytes(s.shape, s.dtype) for s in scratch.values())
 
 
