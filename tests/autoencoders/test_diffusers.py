@@ -82,13 +82,11 @@ def test_old_names_of_attention_are_the_same_weights(tmp_path):
         }
     assert sum("proj_attn" in key for key in tensors) == 4
     save_file(tensors, tmp_path / "old" / WEIGHTS)
-    old, new = (
-        tensors_of(load_autoencoder(str(folder)).autoencoder)
-        for folder in (tmp_path / "old", FIXTURES / "kl")
-    )
-    assert old.keys() == new.keys()
-    for name in new:
-        np.testing.assert_array_equal(old[name], new[name], err_msg=name)
+    before = tensors_of(load_autoencoder(str(tmp_path / "old")).autoencoder)
+    today = tensors_of(load_autoencoder(str(FIXTURES / "kl")).autoencoder)
+    assert before.keys() == today.keys()
+    for name in today:
+        np.testing.assert_array_equal(before[name], today[name], err_msg=name)
 
 
 def test_what_the_autoencoder_says_of_itself():
