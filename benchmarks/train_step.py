@@ -72,7 +72,7 @@ def gradient_call(config: ModelConfig, batch: int, out_channels: int | None = No
 def torch_call(batch: int) -> Call:
     """The same of diffusers' DiT-S/2 in PyTorch, as many threads as it takes by itself."""
     import torch
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
     network = DiTTransformer2DModel(
