@@ -96,32 +96,20 @@ class Alternating:
         return (time.perf_counter() - started) / self.block
 
 
-class TimedBatches:
-    """A batch iterator whose waits are timed."""
-
-    def __init__(self, batches: Any, clock: Clock):
-        self.set_state = batches.set_state
-        self.get_state = clock.timed("position of the data", batches.get_state)
-        self._next = clock.timed("wait for data", batches.__next__)
-
-    def __next__(self) -> Any:
-        return self._next()
-
-
 def measure(config: Config, block: int, workdir: Path) -> tuple[Alternating, dict[str, float]]:
     """Runs it; the times by block, and host seconds by part."""
     clock = Clock()
     alternating: list[Alternating] = []
-    make_batches, compile_step = loop.make_batches, loop.compile_step
+    compile_step, prefetch = loop.compile_step, loop.DevicePrefetch
 
     def compiled(*args: Any) -> TrainStep:
         alternating.append(Alternating(compile_step(*args), block, clock))
         return alternating[0]
 
     timed = {
-        (loop, "make_batches"): lambda *a, **k: TimedBatches(make_batches(*a, **k), clock),
+        (prefetch, "__next__"): clock.timed("wait for data", prefetch.__next__),
+        (prefetch, "get_state"): clock.timed("position of the data", prefetch.get_state),
         (loop, "compile_step"): compiled,
-        (loop, "to_mesh"): clock.timed("place the batch", loop.to_mesh),
         (loop.Run, "review"): clock.timed("metrics", loop.Run.review),
         (loop.Run, "save"): clock.timed("save", loop.Run.save),
         (loop.jax, "device_get"): clock.timed("metrics: wait for the step", jax.device_get),

@@ -383,6 +383,7 @@ CHANGEABLE = (
     "optimizer.accumulation_steps",
     "model.rematerialisation",
     "model.scan_layers",
+    "model.attention.implementation",
 )
 
 

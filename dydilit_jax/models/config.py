@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from dydilit_jax.errors import UserError, unknown_name
+from dydilit_jax.kernels.dydila.api import IMPLEMENTATIONS
 from dydilit_jax.kernels.dydila.features import NORM_SCOPES, NORMALIZERS
 from dydilit_jax.kernels.routing import ROUTER_TRAININGS
 
@@ -49,6 +50,8 @@ class AttentionConfig:
       router_jitter: multiplicative uniform noise on what the routers read, while training.
       load_balance_weight: weight in the loss of the routers' load-balance term (Switch form).
       eps: added to the denominator.
+      implementation: of the attention core: `xla`, `pallas_tpu`, `pallas_gpu` or `reference`; empty
+        to choose by platform and shape (kernels/dydila/api.py).
     """
 
     kind: str = "dydila"
@@ -66,9 +69,12 @@ class AttentionConfig:
     router_jitter: float = 0.0
     load_balance_weight: float = 0.0
     eps: float = 1e-6
+    implementation: str = ""
 
     def __post_init__(self) -> None:
         _one_of("attention", self.kind, ATTENTIONS)
+        if self.implementation:
+            _one_of("implementation", self.implementation, IMPLEMENTATIONS)
         _one_of("normalizer", self.normalizer, NORMALIZERS)
         _one_of("norm scope", self.norm_scope, NORM_SCOPES)
         _one_of("router training", self.router_training, ROUTER_TRAININGS)

@@ -55,7 +55,7 @@ class Evaluation:
 
     @functools.cached_property
     def _decode(self) -> Decode:
-        """From what the network draws to pixels; latents without an autoencoder stay as they are."""
+        """What makes pixels of the network's output; latents stay, where no autoencoder is named."""
         return make_decoder(self.config.autoencoder)
 
     def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray | None:

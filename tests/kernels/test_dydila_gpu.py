@@ -14,9 +14,12 @@ import pytest
 from jax._src.mesh import AbstractDevice, AbstractMesh
 
 from dydilit_jax.kernels.dydila import pallas_gpu
+from dydilit_jax.kernels.dydila.api import dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Tiles
+from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.xla import linear_attention
+from dydilit_jax.kernels.platform import tracing_for
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="Mosaic GPU's interpreter is complete from JAX 0.12 on"
@@ -173,26 +176,33 @@ def test_lowers_for_cuda(N, d, normalizer):
 
 
 def test_lowers_for_cuda_on_a_mesh():
-    """Under shard_map over the batch, with gradients: every device gets kernels of its part."""
+    """With gradients, by the mesh in scope: every device gets kernels of its part of the batch."""
     gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
     auto = (jax.sharding.AxisType.Auto,)
     mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=gpu)
-    rows = jax.sharding.PartitionSpec("data")
     tokens = jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)
     options = CoreOptions(heads=2)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-    def attend(query, key, value):
-        return pallas_gpu.attention(CoreInputs(query, key, value), options).output
-
     def loss(*tokens):
-        return attend(*tokens).astype(jnp.float32).sum()
+        inputs = CoreInputs(*tokens)
+        output = dydila_core(inputs, options, implementation="pallas_gpu").output
+        return output.astype(jnp.float32).sum()
 
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), tracing_for("gpu"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
     assert "tensor<2x64x2x64xbf16>" in text
+
+
+def test_a_split_sequence_is_refused():
+    mesh = AbstractMesh((2, 2), ("data", "sequence"))
+    inputs = core_inputs(leaves(64, 16, plain=True))
+    options = CoreOptions(heads=2)
+    split = CoreSharding(mesh, (), "sequence")
+    assert "split over a mesh" in str(pallas_gpu.unsupported(inputs, options, split))
+    split = CoreSharding(mesh, ("data",))
+    assert "batch 1 is not divisible" in str(pallas_gpu.unsupported(inputs, options, split))
 
 
 def test_shared_memory_holds_the_columns():

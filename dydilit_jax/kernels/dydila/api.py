@@ -38,12 +38,15 @@ class Backend(Protocol):
 
 PLAIN = {"xla": linear_attention, "reference": explicit_attention}
 # Platform and module of each backend.
-BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.dydila.pallas_tpu")}
+BACKENDS = {
+    "pallas_tpu": ("tpu", "dydilit_jax.kernels.dydila.pallas_tpu"),
+    "pallas_gpu": ("gpu", "dydilit_jax.kernels.dydila.pallas_gpu"),
+}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest tokens of a sequence from which a backend is chosen unasked; and, as a multiple of the head
 # width, where the state (d / N activations written and read again) stops being small. Counted in
-# bytes, not measured on a device.
+# bytes, not measured on a device. `pallas_gpu` has run on no GPU yet: it has to be asked for.
 FEWEST_TOKENS = {"pallas_tpu": 128}
 FEWEST_TOKENS_OF_HEAD_WIDTH = 0.5
 
@@ -60,7 +63,7 @@ def dydila_core(
     Args:
       inputs: queries, keys, values (B, N, D) and what else the core reads.
       options: static options.
-      implementation: `xla` (linear order), `reference` (explicit N x N) or `pallas_tpu`; None
+      implementation: `xla` (linear order), `reference` (explicit N x N) or one of BACKENDS; None
         chooses by the target platform and the shape.
       sharding: how the arrays lie on a mesh, for the kernels (XLA finds out by itself); None takes
         the mesh of `jax.set_mesh`, if one is set.
@@ -104,10 +107,11 @@ def default_implementation(
     the better choice, or several devices are there and no mesh says how the arrays lie on them.
     """
     tokens, width = inputs.query.shape[1:]
-    for name, (platform, module) in BACKENDS.items():
+    for name, fewest in FEWEST_TOKENS.items():
+        platform, module = BACKENDS[name]
         if (
             platform == target().platform
-            and tokens >= FEWEST_TOKENS[name]
+            and tokens >= fewest
             and tokens >= FEWEST_TOKENS_OF_HEAD_WIDTH * (width // options.heads)
             and placement_known(sharding)
             and load_backend(module).unsupported(inputs, options, sharding) is None

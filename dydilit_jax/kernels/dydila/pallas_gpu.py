@@ -36,13 +36,21 @@ from dydilit_jax.kernels.dydila.features import (
     measure_kernel,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
+from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.xla import CoreOutput
 
 Tokens = tuple[jax.Array, ...]
 
 
-def unsupported(inputs: CoreInputs, options: CoreOptions) -> str | None:
+def unsupported(
+    inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None = None
+) -> str | None:
     """Why the kernels cannot run these inputs and what would; None when they can."""
+    if sharding is not None:
+        if sharding.sequence_size > 1:
+            return "tokens split over a mesh are not in the kernels: use the implementation 'xla'"
+        if inputs.query.shape[0] % sharding.batch_size:
+            return f"batch {inputs.query.shape[0]} is not divisible by mesh axes {sharding.batch}"
     width = inputs.query.shape[-1] // options.heads
     for name in ("query", "key", "value", "query_redundant", "key_redundant"):
         array = getattr(inputs, name)
@@ -186,12 +194,19 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
 fused.defvjp(_forward, _backward)
 
 
-def attention(inputs: CoreInputs, options: CoreOptions, *, interpret: Any = False) -> CoreOutput:
+def attention(
+    inputs: CoreInputs,
+    options: CoreOptions,
+    sharding: CoreSharding | None = None,
+    *,
+    interpret: Any = False,
+) -> CoreOutput:
     """The core, as api.dydila_core has it, for inputs that `unsupported` has nothing against.
 
     Args:
       inputs: bfloat16 queries, keys, values (B, N, D) and what else the core reads.
       options: static options.
+      sharding: how the batch lies on a mesh; the kernels run on each device's part of it.
       interpret: `InterpretGPUParams` of Pallas' Mosaic GPU interpreter (JAX 0.12 and newer), to run
         on a CPU; False compiles for the GPU.
     """
@@ -229,8 +244,13 @@ def attention(inputs: CoreInputs, options: CoreOptions, *, interpret: Any = Fals
         split = [x.reshape(B, N, H, core.width) for x in tensors if x is not None]
         return tuple(jnp.pad(x, added) if any(map(sum, added)) else x for x in split)
 
-    output, den = fused(
-        core,
+    kernels_of = partial(fused, core)
+    if sharding is not None:
+        rows = sharding.spec("b")
+        kernels_of = jax.shard_map(
+            kernels_of, mesh=sharding.mesh, in_specs=rows, out_specs=rows, check_vma=False
+        )
+    output, den = kernels_of(
         heads(inputs.query, inputs.query_redundant),
         heads(inputs.key, inputs.key_redundant),
         heads(inputs.value)[0],

@@ -188,6 +188,7 @@ class DyDiLA(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         attention = config.attention
         self.options = core_options(attention)
+        self.implementation = attention.implementation or None
         self.qkv = SharedProjections(config, rngs=rngs)
         self.out = output_projection(config, rngs=rngs)
         differential = attention.projectors > 0
@@ -203,7 +204,7 @@ class DyDiLA(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Telemetry]:
         """Mixes tokens (B, N, D); also returns telemetry by name."""
         inputs, routings = self.core_inputs(x, context)
-        output = dydila_core(inputs, self.options)
+        output = dydila_core(inputs, self.options, implementation=self.implementation)
         mixed = output.output
         if self.gain is not None:
             # In the gain's dtype, in which its gradient is added up.

@@ -33,6 +33,7 @@ class LinearAttention(nnx.Module):
             norm_scope=attention.norm_scope,
             eps=attention.eps,
         )
+        self.implementation = attention.implementation or None
         self.exponent = attention.exponent_init if attention.kind == "focused" else None
         self.qkv = SharedProjections(config, rngs=rngs)
         self.out = output_projection(config, rngs=rngs)
@@ -47,7 +48,9 @@ class LinearAttention(nnx.Module):
             fixed = jnp.float32(self.exponent)
             exponents = Exponents(query=fixed, key=fixed)
         inputs = CoreInputs(query, key, value, exponents=exponents, rotation=context.rotation)
-        mixed, denominator, _ = dydila_core(inputs, self.options)
+        mixed, denominator, _ = dydila_core(
+            inputs, self.options, implementation=self.implementation
+        )
         if self.depthwise is not None:
             mixed = mixed + self.depthwise(value)
         telemetry = {} if denominator is None else {"denominator_min": jnp.min(denominator)}
