@@ -130,10 +130,11 @@ def test_what_a_killed_run_left_half_written_is_written_again(tmp_path, grids):
     (tmp_path / "samples" / "unfinished_step_000004.png").write_bytes(b"half")
     path = tmp_path / METRICS_FILE
     lines = path.read_text()
-    path.write_text(lines + '{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    path.write_text(lines + '{"step": 5, "loss": 9.0}\n{"step": 6, "loss": 9.0}\n{"step": 7, "lo')
     train(GRIDS, tmp_path)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert path.read_text().startswith(lines)
+    assert all(record["loss"] < 9.0 for record in read_metrics(tmp_path))
     assert {name: grid for name, grid in contents(tmp_path).items() if "un" not in name} == grids
 
 
