@@ -55,7 +55,7 @@ class Evaluation:
 
     @functools.cached_property
     def _decode(self) -> Decode:
-        """What makes pixels of the network's output; latents stay, where no autoencoder is named."""
+        """Pixels of the network's output; latents stay as they are without an autoencoder."""
         return make_decoder(self.config.autoencoder)
 
     def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray | None:
