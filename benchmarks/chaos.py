@@ -37,7 +37,7 @@ PRELOADED = [
     "ml_collections.config_flags",
     "dydilit_jax.training.loop",
 ]
-CLOCK = {"steps_per_second", "images_per_second"}
+CLOCK = ("steps_per_second", "images_per_second", "time/", "throughput/", "memory/")
 FIELDS = {
     "model.depth": 2,
     "model.width": 32,
@@ -78,6 +78,11 @@ class Kill:
     unfinished: bool = False
     damaged: str = ""
     told: list[str] = dataclasses.field(default_factory=list)
+
+
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl without what the clock and the machine decide."""
+    return {name: value for name, value in record.items() if not name.startswith(CLOCK)}
 
 
 def run_command(arguments: list[str], log: str, compiled: str) -> None:
@@ -252,8 +257,7 @@ def compare(one: Path, other: Path) -> dict[str, list[str]]:
 
     states = final_state(one), final_state(other)
     records: list[list[dict[str, Any]]] = [
-        [{k: v for k, v in record.items() if k not in CLOCK} for record in read_metrics(workdir)]
-        for workdir in (one, other)
+        [without_clock(record) for record in read_metrics(workdir)] for workdir in (one, other)
     ]
     grids = [{p.name: p.read_bytes() for p in (w / "samples").glob("*")} for w in (one, other)]
 

@@ -253,7 +253,7 @@ def test_dry_run_tells_everything_and_writes_nothing(command, tmp_path):
         "2, 3, 64, 64",
         "(None, None, 'fsdp')",
     )
-    assert "mesh: {'data': 4, 'fsdp': 2} of 8 cpu devices" in output
+    assert "mesh: {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 1} of 8 cpu devices" in output
     assert "image (128, 8, 8, 1) float32" in output
     assert "label (128,) int32" in output
     assert "batch on each device: 16 of 128" in output

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.chaos import MODES, chaos
 from dydilit_jax.data.pipeline import make_batches
+from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.data.sources import digits
 from dydilit_jax.training import evaluation, loop
 from dydilit_jax.training.checkpoint import Checkpointer
@@ -47,7 +48,11 @@ def test_on_other_devices_losses_are_the_same_to_rounding_and_batches_to_the_bit
     for name, parts in moves.items():
         seen: list[np.ndarray] = []
         monkeypatch.setattr(
-            loop, "make_batches", lambda *a, s=seen, **k: Recorder(make_batches(*a, **k), s)
+            loop,
+            "DevicePrefetch",
+            lambda batches, place, depth, seen=seen: DevicePrefetch(
+                Recorder(batches, seen), place, depth=0
+            ),
         )
         for mesh, stop in parts:
             monkeypatch.setattr(loop, "make_mesh", lambda _, mesh=mesh: mesh)

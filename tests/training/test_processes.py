@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from benchmarks.chaos import without_clock
 from dydilit_jax.training.checkpoint import Checkpointer
 from dydilit_jax.training.lock import WorkdirLock
 from dydilit_jax.training.state import Network, abstract_state
@@ -28,7 +29,6 @@ CONFIG = plain_config(
         "keep_checkpoints": 2,
     },
 )
-CLOCK = {"steps_per_second", "images_per_second"}
 
 
 @pytest.fixture
@@ -67,10 +67,7 @@ def final(workdir):
     checkpointer = Checkpointer(workdir)
     state, data = checkpointer.restore(abstract)
     checkpointer.close()
-    records = [
-        {name: value for name, value in record.items() if name not in CLOCK}
-        for record in read_metrics(workdir)
-    ]
+    records = [without_clock(record) for record in read_metrics(workdir)]
     return state_arrays(state), data, records
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dydilit_jax.config import TrainConfig
-from dydilit_jax.data.pipeline import make_batches
+from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.errors import UserError
 from dydilit_jax.training import loop
 from dydilit_jax.training.checkpoint import Checkpointer
@@ -103,8 +103,10 @@ def run(workdir, monkeypatch, spoilt, *, value=NAN, stops=(None,), **fields):
     given: list[int] = []
     monkeypatch.setattr(
         loop,
-        "make_batches",
-        lambda *a, **k: Spoiler(make_batches(*a, **k), spoilt, value, given),
+        "DevicePrefetch",
+        lambda batches, place, depth: DevicePrefetch(
+            Spoiler(batches, spoilt, value, given), place, depth=0
+        ),
     )
     train_fields = {
         "steps": 20,
