@@ -123,3 +123,15 @@ def test_average_against_float64_over_many_steps():
         if step in (1, 2, 10, 200):
             average = ema_parameters(state, config)["w"]
             np.testing.assert_allclose(average, total / weights, rtol=2e-5, atol=1e-6)
+
+
+def test_the_average_of_what_does_not_change_is_that():
+    """With a decay that float32 does not hold: the weights of all parameters sum to one."""
+    config = OptimizerConfig(ema_decay=0.9999)
+    ema = make_ema(config)
+    parameters = {"w": jnp.asarray([1.0, -3.0, 0.1])}
+    state = ema.init(parameters)
+    for _ in range(3):
+        _, state = ema.update(parameters, state)
+        average = ema_parameters(state, config)["w"]
+        np.testing.assert_allclose(average, parameters["w"], rtol=2e-6)
