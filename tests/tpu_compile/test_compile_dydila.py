@@ -156,7 +156,9 @@ def test_projections_give_the_layout(heads: int):
 
     program = compiled(jax.grad(loss, argnums=(0, 1)), (square, inputs.query, inputs))
     assert set(program.kernels) == {"dydila_forward", "dydila_backward"}
-    assert max(program.copies, default=0) < 4 * 1024 * WIDTH * 2 / 8
+    # What is copied are D x D matrices out of the stacked weights, which is this test's own doing.
+    activation = 4 * 1024 * WIDTH * 2
+    assert max(program.copies, default=0) <= WIDTH * WIDTH * 2 < activation / 2
 
 
 @pytest.mark.parametrize("sequence", [1, 2])
