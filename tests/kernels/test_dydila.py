@@ -349,6 +349,29 @@ def test_a_named_backend_says_why_it_cannot_run(name: str):
         assert default_implementation(inputs, options, None) == "xla"
 
 
+def test_shapes_that_do_not_belong_together_are_named():
+    inputs, options = make(Case(tokens=4)), CoreOptions(heads=2)
+    exponents, lambdas = inputs.exponents, inputs.lambdas
+    assert exponents is not None
+    assert lambdas is not None
+    mistakes = {
+        r"value has shape \(2, 3, 32\)": {"value": inputs.value[:, :3]},
+        r"exponent of key has shape \(2,\), expected a scalar or \(2, 4\)": {
+            "exponents": exponents._replace(key=jnp.ones(2))
+        },
+        r"key_router has shape \(32, 5\), expected \(64, 5\)": {
+            "lambdas": lambdas._replace(key_router=jnp.ones((32, 5)))
+        },
+        "need lambdas": {"lambdas": None},
+        "or neither": {"key_redundant": None},
+    }
+    for message, fields in mistakes.items():
+        with pytest.raises(UserError, match=message):
+            dydila_core(inputs._replace(**fields), options)
+    with pytest.raises(UserError, match="not divisible by 3 heads"):
+        dydila_core(inputs, CoreOptions(heads=3))
+
+
 def test_a_sequence_that_the_mesh_does_not_divide():
     sharding = CoreSharding(mesh_of(data=1, sequence=8), ("data",), "sequence")
     run = partial(dydila_core, make(Case()), CoreOptions(heads=2), sharding=sharding)

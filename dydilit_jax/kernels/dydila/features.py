@@ -143,6 +143,18 @@ def check_inputs(inputs: CoreInputs, options: CoreOptions) -> None:
         raise UserError("give both query_redundant and key_redundant, or neither")
     if inputs.query_redundant is not None and inputs.lambdas is None:
         raise UserError("query_redundant and key_redundant need lambdas")
+    for name, exponent in zip(Exponents._fields, inputs.exponents or (), strict=False):
+        if exponent is not None and jnp.shape(exponent) not in ((), shape[:2]):
+            raise UserError(
+                f"exponent of {name} has shape {jnp.shape(exponent)}, expected a scalar or "
+                f"{shape[:2]}, one for each token"
+            )
+    if inputs.lambdas is not None:
+        bank, *routers = inputs.lambdas
+        for name, router in zip(("query_router", "key_router"), routers, strict=True):
+            expected = (2 * shape[-1], bank.size)
+            if router is not None and router.shape != expected:
+                raise UserError(f"{name} has shape {router.shape}, expected {expected}: (2 D, n)")
 
 
 def measure_kernel(z: jax.Array, exponent: jax.Array | None, *, groups: int = 1) -> jax.Array:
