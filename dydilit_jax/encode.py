@@ -16,6 +16,7 @@ from dydilit_jax.config import Config
 from dydilit_jax.errors import UserError, unknown_name
 
 _CONFIG = cli.define_config_flag()
+_CONNECT = cli.define_process_flags()
 _OUT = flags.DEFINE_string("out", None, "Folder to write: new, empty, or begun by this command.")
 _FLIPS = flags.DEFINE_bool(
     "flips", None, "Encode mirror images too; default: as data.horizontal_flip."
@@ -56,6 +57,8 @@ def main() -> None:
         )
     if _DTYPE.value not in ("bfloat16", "float32"):
         raise unknown_name("dtype", _DTYPE.value, ("bfloat16", "float32"))
+    if part is None:
+        _CONNECT()
 
     import jax
     from tqdm import tqdm
