@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.attention import Attention, dydila, relu
 from dydilit_jax.errors import UserError
 from dydilit_jax.kernels.dydila import api
+from dydilit_jax.kernels.platform import tracing_for
 
 RESULTS = Path(__file__).parent / "results"
 ITEM_BYTES = {
@@ -188,10 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     shape = (batch, tokens, heads, width)
                     arrays = arrays_on(device, *shape, differential)
                     try:
-                        counted = {
-                            name: count(*program, unit)
-                            for name, program in programs(attend, arrays).items()
-                        }
+                        with tracing_for("tpu"):
+                            counted = {
+                                name: count(*program, unit)
+                                for name, program in programs(attend, arrays).items()
+                            }
                     except UserError as error:
                         print(f"{topology} d {width} N {tokens} {row}: left out, {error}")
                         continue

@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
             clip_norm=1.0,
             ema_decay=0.995,
         ),
-        train=c.TrainConfig(steps=1_250, log_every=50, checkpoint_every=250, sample_every=625),
+        train=c.TrainConfig(steps=1_400, log_every=50, checkpoint_every=350, sample_every=700),
         sampling=c.SamplingConfig(steps=50, guidance_scale=1.5, batch_size=250),
         evaluation=c.EvaluationConfig(num=1_000),
     ).to_dict()
