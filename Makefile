@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m dydilit_jax.train --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-tpu-compile: $(TPU_VENV)/.installed-tpu
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 tests/tpu_compile

@@ -57,12 +57,13 @@ def dydila(implementation: str, heads: int) -> Attention:
     return attend
 
 
-def relu(heads: int) -> Attention:
-    """The relu core (LiT, SANA) by the implementation that the platform chooses."""
+def relu(heads: int, implementation: str | None = None) -> Attention:
+    """The relu core (LiT, SANA); by default by the implementation that the platform chooses."""
 
     def attend(arrays: dict[str, jax.Array]) -> jax.Array:
         inputs = CoreInputs(arrays["query"], arrays["key"], arrays["value"])
-        return api.dydila_core(inputs, CoreOptions(heads=heads)).output
+        options = CoreOptions(heads=heads)
+        return api.dydila_core(inputs, options, implementation=implementation).output
 
     return attend
 

@@ -161,7 +161,7 @@ def count(function: Callable[..., Any], arguments: Any, unit: int) -> dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v6e:2x2"])
+    parser.add_argument("--topologies", nargs="+", default=["v5e:2x2"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--widths", type=int, nargs="+", default=[72, 288])
     parser.add_argument("--model_width", type=int, default=1152)
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 heads, batch = options.model_width // width, options.batch_tokens // tokens
                 unit = 2 * batch * tokens * heads * width
                 rows = {f"DyDiLA, {x}": (dydila(x, heads), True) for x in implementations()}
-                rows["relu core, xla"] = (relu(heads), False)
+                rows |= {f"relu core, {x}": (relu(heads, x), False) for x in implementations()}
                 for row, (attend, differential) in rows.items():
                     shape = (batch, tokens, heads, width)
                     arrays = arrays_on(device, *shape, differential)

@@ -354,7 +354,7 @@ def test_shapes_that_do_not_belong_together_are_named():
     exponents, lambdas = inputs.exponents, inputs.lambdas
     assert exponents is not None
     assert lambdas is not None
-    mistakes = {
+    mistakes: dict[str, dict[str, Any]] = {
         r"value has shape \(2, 3, 32\)": {"value": inputs.value[:, :3]},
         r"exponent of key has shape \(2,\), expected a scalar or \(2, 4\)": {
             "exponents": exponents._replace(key=jnp.ones(2))
