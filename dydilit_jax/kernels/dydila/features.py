@@ -190,7 +190,7 @@ def measure_kernel(z: jax.Array, exponent: jax.Array | None, *, groups: int = 1)
     return (power * (norm_ratio * scale)).reshape(batch, tokens, width)
 
 
-def _lambda(
+def choose_lambda(
     base: jax.Array,
     redundant: jax.Array,
     bank: jax.Array,
@@ -227,12 +227,14 @@ def differential_features(inputs: CoreInputs, options: CoreOptions) -> Features:
         redundant_key = measure_kernel(inputs.key_redundant, exponents.key_redundant, groups=groups)
         bank, query_router, key_router = inputs.lambdas
         keys = (None, None) if inputs.noise_key is None else jax.random.split(inputs.noise_key)
-        query_lambda, chosen = _lambda(
+        query_lambda, chosen = choose_lambda(
             base_query, redundant_query, bank, query_router, options, keys[0]
         )
         if chosen is not None:
             routings["query_lambda"] = chosen
-        key_lambda, chosen = _lambda(base_key, redundant_key, bank, key_router, options, keys[1])
+        key_lambda, chosen = choose_lambda(
+            base_key, redundant_key, bank, key_router, options, keys[1]
+        )
         if chosen is not None:
             routings["key_lambda"] = chosen
         query = base_query - query_lambda * redundant_query

@@ -31,8 +31,8 @@ from dydilit_jax.kernels.dydila.features import (
     CoreInputs,
     CoreOptions,
     Exponents,
-    _lambda,
     check_inputs,
+    choose_lambda,
     measure_kernel,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
@@ -105,7 +105,7 @@ def token_scalars(
             measure_kernel(tensor, exponent, groups=groups)
             for tensor, exponent in zip((z, redundant), exponents, strict=True)
         )
-        scale, chosen = _lambda(phi, phi_redundant, inputs.lambdas.bank, router, options, key)
+        scale, chosen = choose_lambda(phi, phi_redundant, inputs.lambdas.bank, router, options, key)
         scale = jnp.broadcast_to(scale, (*z.shape[:2], 1)).astype(jnp.float32)
         rows.append(jnp.broadcast_to(scale.transpose(0, 2, 1), (z.shape[0], groups, z.shape[1])))
     if not rows:
