@@ -58,6 +58,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
+def updates_made(state: Any) -> jax.Array:
+    """Updates that the optimizer has made, (): steps without the skipped ones; its rate's clock."""
+    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(state, "count")
+    return count
+
+
 def _ema_decay(config: OptimizerConfig) -> float:
     """The decay as float32 holds it.
 

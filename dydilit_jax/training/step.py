@@ -14,7 +14,12 @@ from dydilit_jax.diffusion.process import example_keys
 from dydilit_jax.models.attention.projections import Telemetry
 from dydilit_jax.training.guard import keep_if_not_finite
 from dydilit_jax.training.inheritance import Teacher
-from dydilit_jax.training.optimizer import learning_rate_schedule, make_ema, make_optimizer
+from dydilit_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_ema,
+    make_optimizer,
+    updates_made,
+)
 from dydilit_jax.training.sharding import batch_sharding, replicated
 from dydilit_jax.training.state import Network, TrainState, state_shardings
 
@@ -165,7 +170,7 @@ def make_step(network: Network, teacher: Teacher | None = None) -> TrainStep:
         _, ema_state = ema.update(parameters, state.ema)
         metrics["gradient_norm"] = optax.global_norm(gradients)
         metrics["update_norm"] = optax.global_norm(updates)
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics["learning_rate"] = jnp.asarray(schedule(updates_made(state.optimizer)), jnp.float32)
         new_state = TrainState(
             step=state.step + 1,
             parameters=parameters,

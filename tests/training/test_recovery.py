@@ -62,11 +62,13 @@ def test_what_was_due_in_a_row_of_bad_steps_is_due_after_it(step, every, span, e
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step_number(bad):
-    network = Network.create(plain_config(optimizer={"clip_norm": 1.0}))
+    optimizer = {"clip_norm": 1.0, "warmup_steps": 10, "learning_rate": 1.0}
+    network = Network.create(plain_config(optimizer=optimizer))
     step = jax.jit(make_step(network))
-    before = random_state(network, mesh_of(1))
     images = np.random.default_rng(0).standard_normal((16, 8, 8, 1)).astype(np.float32)
     labels = jnp.arange(16, dtype=jnp.int32) % 10
+    good = {"image": jnp.asarray(images), "label": labels}
+    before, _ = step(random_state(network, mesh_of(1)), good)
     spoilt = images.copy()
     spoilt[3, 0, 0, 0] = bad
     after, metrics = step(before, {"image": jnp.asarray(spoilt), "label": labels})
@@ -76,7 +78,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step_number(bad):
     for name, value in new.items():
         assert value.tobytes() == old[name].tobytes(), name
     # A good batch changes all that learns, and the optimizer's own count.
-    learned = state_arrays(step(before, {"image": jnp.asarray(images), "label": labels})[0])
+    learning, metrics = step(before, good)
+    learned = state_arrays(learning)
+    # The rate told is the one used: warm-up counts the updates made, not the steps.
+    assert int(old["optimizer/1/0/count"]) == 1
+    assert metrics["learning_rate"] == pytest.approx(0.1)
+    assert step(after, good)[1]["learning_rate"] == pytest.approx(0.1)
+    assert step(learning, good)[1]["learning_rate"] == pytest.approx(0.2)
     for name, value in learned.items():
         if name.startswith(("parameters/", "ema/ema")) or name.endswith("count"):
             assert not np.array_equal(value, old[name]), name
