@@ -125,7 +125,8 @@ def _config(config: Config, origins: dict[str, Origin] | None) -> list[str]:
         origin = origins[name]
         said = origin.source
         if origin.source != DEFAULT:
-            said += f" ({origin.beneath}: {origin.value!r})"
+            below = "" if origin.beneath == DEFAULT else f"{origin.beneath}'s "
+            said += f" ({below}{origin.value!r})"
         lines.append(f"{name.ljust(width)}  {repr(value).ljust(values)}  {said}")
     return lines
 
