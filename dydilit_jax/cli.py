@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,6 +24,12 @@ def define_config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config", None, "Config file, for example configs/digits.py.", lock_config=True
     )
+
+
+def config_source() -> tuple[str, dict[str, Any]]:
+    """What --config was given, FILE or FILE:ARGUMENT, and the fields that flags gave, by name."""
+    flag = flags.FLAGS["config"]
+    return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
 
 
 def define_process_flags() -> Callable[[], None]:

@@ -8,12 +8,20 @@ from absl import flags
 
 from dydilit_jax import cli
 from dydilit_jax.config import Config
+from dydilit_jax.errors import UserError
+from dydilit_jax.origins import field_origins
 
 _CONFIG = cli.define_config_flag()
 _CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and samples.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print config, parameters, mesh and a batch's shapes; train nothing."
+    "dry_run",
+    False,
+    "Print all that the config decides: fields and their origins, parameters, memory, data, files; "
+    "train nothing.",
+)
+_COMPILE = flags.DEFINE_bool(
+    "compile", False, "With --dry_run, compile the step for the compiler's own account of memory."
 )
 
 
@@ -23,14 +31,38 @@ def main() -> None:
     config = Config.from_dict(_CONFIG.value)
     _CONNECT()
     if _DRY_RUN.value:
-        from dydilit_jax.training.dry_run import describe
-
-        print(describe(config))
+        dry_run(config)
         return
+    if _COMPILE.value:
+        raise UserError("--compile is for --dry_run: training compiles by itself")
     workdir = cli.required(_WORKDIR.value, "workdir")
     from dydilit_jax.training.loop import train
 
     train(config, Path(workdir))
+
+
+def dry_run(config: Config) -> None:
+    """Prints what the run would be.
+
+    Raises:
+      UserError: it would not start; all that can be told is printed before.
+    """
+    import jax
+
+    from dydilit_jax.training.dry_run import describe
+
+    source, overrides = cli.config_source()
+    told = describe(
+        config,
+        origins=field_origins(config, source, overrides),
+        source=source,
+        workdir=Path(_WORKDIR.value) if _WORKDIR.value else None,
+        compiled=_COMPILE.value,
+    )
+    if jax.process_index() == 0:
+        print(told.text, flush=True)
+    if told.problems:
+        raise UserError("; ".join(told.problems))
 
 
 if __name__ == "__main__":

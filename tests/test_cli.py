@@ -1,6 +1,5 @@
 """The commands: what they print, write, and answer to a mistake."""
 
-import json
 import re
 import signal
 import subprocess
@@ -133,6 +132,7 @@ TRAIN_MISTAKES = {
     ),
     "no steps": ([CONFIG, "--config.train.steps=0"], ["train.steps must be at least 1, got 0"]),
     "unknown flag": ([CONFIG, "--wrkdir=x"], ["wrkdir"]),
+    "compile alone": ([CONFIG, "--compile"], ["--compile is for --dry_run"]),
     "positional argument": ([CONFIG, "runs/digits"], ["unexpected argument 'runs/digits'"]),
 }
 SAMPLE_MISTAKES = {
@@ -222,47 +222,6 @@ def test_help_names_the_flags(command):
     assert code in (0, 1)
     assert "--workdir" in output
     assert "Traceback" not in output + errors
-
-
-def test_dry_run_tells_everything_and_writes_nothing(command, tmp_path):
-    code, output, errors = command(
-        TRAIN,
-        "--config=configs/digits.py:attention=dydila,size=tiny",
-        "--config.train.steps=77",
-        "--config.model.depth=2",
-        "--config.mesh.fsdp=2",
-        f"--workdir={tmp_path}/run",
-        "--dry_run",
-    )
-    assert (code, errors) == (0, "")
-    assert list(tmp_path.iterdir()) == []
-    config = json.loads(output[output.index("{") : output.index("\n}\n") + 2])
-    assert config["train"]["steps"] == 77
-    assert config["model"]["attention"]["kind"] == "dydila"
-    rows = re.findall(
-        r"^(\S+/\S+) +\(([\d, ]+)\) +float32 +([\d,]+)  (\(.*\))$", output, re.MULTILINE
-    )
-    total = 0
-    for _, shape, count, _ in rows:
-        expected = np.prod([int(size) for size in shape.split(",") if size.strip()])
-        assert int(count.replace(",", "")) == expected
-        total += int(expected)
-    assert f"parameters: {total:,}\n" in output
-    kernels = {path: (shape, spec) for path, shape, _, spec in rows}
-    assert kernels["blocks/attention/query_bank/kernel"] == (
-        "2, 3, 64, 64",
-        "(None, None, 'fsdp')",
-    )
-    assert "mesh: {'data': 4, 'fsdp': 2, 'tensor': 1, 'sequence': 1} of 8 cpu devices" in output
-    assert "image (128, 8, 8, 1) float32" in output
-    assert "label (128,) int32" in output
-    assert "batch on each device: 16 of 128" in output
-
-
-def test_dry_run_needs_no_workdir(command):
-    code, output, _ = command(TRAIN, CONFIG, "--dry_run")
-    assert code == 0
-    assert "parameters: " in output
 
 
 SMALL = [

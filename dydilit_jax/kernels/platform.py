@@ -47,3 +47,25 @@ def tracing_for(platform: str, *, interpret: Any = False) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+_choices: contextvars.ContextVar[dict[str, set[str]] | None] = contextvars.ContextVar(
+    "choices", default=None
+)
+
+
+@contextlib.contextmanager
+def recording_choices() -> Iterator[dict[str, set[str]]]:
+    """Collects, by operation, the implementations chosen while programs are traced inside."""
+    choices: dict[str, set[str]] = {}
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def record_choice(operation: str, implementation: str) -> None:
+    """Tells `recording_choices` what an operation will run."""
+    if (choices := _choices.get()) is not None:
+        choices.setdefault(operation, set()).add(implementation)

@@ -101,20 +101,56 @@ def load_teacher(network: Network, mesh: Mesh) -> Teacher | None:
     """The teacher that the config names, on the mesh; None if it names none.
 
     Raises:
-      UserError: weights that cannot be read, or of a network for other images, classes or outputs.
+      UserError: as read_teacher.
     """
-    config = network.config.distillation
-    if not config.teacher:
+    pretrained = read_teacher(network)
+    if pretrained is None:
         return None
-    pretrained = read_pretrained(config.teacher)
-    _check_teacher(pretrained, network.config.model, network.process, config.teacher)
-    module = nnx.eval_shape(
-        lambda: DyDiLiT(pretrained.config, pretrained.out_channels, rngs=nnx.Rngs(0))
-    )
     parameters = jax.device_put(
         pretrained.parameters, parameter_shardings(pretrained.parameters, mesh)
     )
-    return Teacher(nnx.split(module)[0], parameters, config, network.config.model.channels)
+    return make_teacher(network, pretrained, parameters)
+
+
+def read_teacher(network: Network) -> Pretrained | None:
+    """The teacher that the config names, in the host's memory; None if it names none.
+
+    Raises:
+      UserError: weights that cannot be read, or of a network for other images, classes or outputs.
+    """
+    source = network.config.distillation.teacher
+    if not source:
+        return None
+    pretrained = read_pretrained(source)
+    _check_teacher(pretrained, network.config.model, network.process, source)
+    return pretrained
+
+
+def make_teacher(network: Network, pretrained: Pretrained, parameters: Any) -> Teacher:
+    """A teacher of these parameters, which are arrays or their shapes."""
+    module = nnx.eval_shape(
+        lambda: DyDiLiT(pretrained.config, pretrained.out_channels, rngs=nnx.Rngs(0))
+    )
+    config = network.config
+    return Teacher(nnx.split(module)[0], parameters, config.distillation, config.model.channels)
+
+
+def read_inherited(network: Network) -> tuple[list[str], list[str]]:
+    """Paths that the config's run takes from its checkpoint, and those that start anew.
+
+    Raises:
+      UserError: as inherited_state.
+    """
+    source = network.config.inheritance.checkpoint
+    pretrained = read_pretrained(source)
+    _check_time_scale(pretrained, network.process, source)
+    _, taken, new = inherit(
+        network.abstract_parameters(),
+        network.config.model,
+        pretrained.parameters,
+        pretrained.config,
+    )
+    return taken, new
 
 
 def _check_teacher(

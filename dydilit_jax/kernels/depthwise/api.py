@@ -27,7 +27,7 @@ from dydilit_jax.kernels.dydila.sharding import (
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.platform import target
+from dydilit_jax.kernels.platform import record_choice, target
 
 Convolution = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -92,6 +92,7 @@ def depthwise_conv(
     _check_shapes(x, kernel, bias)
     sharding = sharding or ambient_sharding()
     name = implementation or _default(x, kernel, sharding)
+    record_choice("depthwise convolution", name)
     if name in PLAIN:
         return PLAIN[name](x, kernel, bias)
     reason = _unsupported(name, x, kernel, sharding)

@@ -19,7 +19,7 @@ from dydilit_jax.kernels.dydila.sharding import (
     placement_known,
 )
 from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
-from dydilit_jax.kernels.platform import target
+from dydilit_jax.kernels.platform import record_choice, target
 
 
 class Backend(Protocol):
@@ -78,6 +78,7 @@ def dydila_core(
     check_inputs(inputs, options)
     sharding = sharding or ambient_sharding()
     name = implementation or default_implementation(inputs, options, sharding)
+    record_choice("attention core", name)
     if name in PLAIN:
         return PLAIN[name](inputs, options)
     if name not in BACKENDS:

@@ -34,7 +34,7 @@ from dydilit_jax.kernels.dydila.sharding import (
     placement_known,
 )
 from dydilit_jax.kernels.grouped_projection import reference, xla
-from dydilit_jax.kernels.platform import target
+from dydilit_jax.kernels.platform import record_choice, target
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -133,6 +133,8 @@ def grouped_projection(
                 "'dense' and 'blocks' run everywhere."
             )
     name = implementation or _default(x, bank, sharding)
+    by_platform = "blocks" if target().platform == "cpu" else "dense"  # as _projection chooses
+    record_choice("routed projection", name or by_platform)
     options = _Options(straight_through, name, sharding if name in BACKENDS else None)
     return _projection(x, bank, weights, index, options)
 

@@ -1,0 +1,127 @@
+"""What a step takes of a device, against arrays that exist and what the compiler plans."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dydilit_jax.training import memory
+from dydilit_jax.training.state import Network
+from dydilit_jax.training.step import training_loss
+from tests.tiny import (
+    full_config,
+    mesh_of,
+    plain_config,
+    random_parameters,
+    random_state,
+    tiny_config,
+)
+
+
+def bytes_on(device, tree):
+    """Of the parts of arrays that lie on a device."""
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+def test_state_and_batch_take_what_their_arrays_take():
+    network = Network.create(full_config(optimizer={"mu_dtype": "bfloat16"}))
+    mesh = mesh_of(2, 4)
+    state = random_state(network, mesh)
+    batch = memory.abstract_batch(network, mesh)
+    estimate = memory.estimate_memory(network, mesh, batch)
+    device = jax.devices()[0]
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert memory.device_bytes(batch) == 16 // 8 * (8 * 8 * 4 + 4)
+    assert estimate.parameters == bytes_on(device, state.parameters)
+    assert estimate.parameters < sum(leaf.nbytes for leaf in jax.tree.leaves(state.parameters))
+    assert estimate.ema == bytes_on(device, state.ema)
+    assert estimate.optimizer == bytes_on(device, state.optimizer)
+    # float32 and bfloat16 of as many numbers as parameters, but for counters.
+    assert bytes_on(device, moments) == estimate.parameters * 6 // 4
+    assert estimate.gradients == estimate.parameters
+    assert estimate.host == 0
+    parts = dataclasses.asdict(estimate)
+    assert estimate.total == sum(parts.values())
+
+
+def test_the_activations_are_those_that_differentiation_holds():
+    """Run step by step, the backward pass's arrays exist: each is counted once by its buffer."""
+    network = Network.create(plain_config())
+    parameters = jax.tree.map(jax.numpy.asarray, random_parameters(network))
+    batch = {
+        "image": jax.numpy.ones((16, 8, 8, 1)),
+        "label": jax.numpy.arange(16) % 10,
+    }
+    _, backward, _ = jax.vjp(
+        lambda p: training_loss(network, p, batch, jax.random.key(0)), parameters, has_aux=True
+    )
+    own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((parameters, batch))}
+    held = {}
+    for leaf in jax.tree.leaves(backward):
+        if isinstance(leaf, jax.Array) and leaf.unsafe_buffer_pointer() not in own:
+            held[leaf.unsafe_buffer_pointer()] = leaf.nbytes
+    measured = sum(held.values())
+    assert memory.saved_activations(network, 16) == pytest.approx(measured, rel=0.02)
+
+
+def test_rematerialisation_keeps_a_tensor_a_block():
+    """`full` keeps a block's input, N x D for an image, and makes the rest of one block again."""
+
+    def activations(depth, policy):
+        model = {"depth": depth, "rematerialisation": policy, "scan_layers": True}
+        return memory.activation_bytes(Network.create(tiny_config(model=model)), 16)
+
+    tokens, width, images = 4, 16, 16
+    (two, again, host), (four, again_of_four, _) = (activations(d, "full") for d in (2, 4))
+    assert four - two == 2 * images * tokens * width * 4
+    assert host == 0
+    everything = [activations(depth, "none")[0] for depth in (2, 4)]
+    one_block = (everything[1] - everything[0]) // 2
+    assert again == pytest.approx(one_block, rel=0.05)
+    assert again_of_four == pytest.approx(one_block, rel=0.05)
+    dots = activations(2, "dots")
+    assert two < dots[0] < everything[0]
+    offload = activations(2, "offload")
+    assert offload[0] == two
+    assert offload[2] == dots[0] - two
+
+
+def test_accumulation_keeps_the_images_of_a_part_and_two_sums():
+    mesh = mesh_of(2, 1)
+    whole, parts = (
+        Network.create(plain_config(optimizer={"accumulation_steps": steps})) for steps in (1, 4)
+    )
+    estimate = [
+        memory.estimate_memory(each, mesh, memory.abstract_batch(each, mesh))
+        for each in (whole, parts)
+    ]
+    assert estimate[1].activations == memory.saved_activations(parts, 2)
+    assert estimate[0].activations == memory.saved_activations(parts, 8)
+    assert estimate[1].gradients == 2 * estimate[1].parameters == 2 * estimate[0].gradients
+
+
+def test_the_compiler_plans_what_was_counted():
+    network, mesh = Network.create(plain_config(data={"batch_size": 256})), mesh_of(2, 4)
+    batch = memory.abstract_batch(network, mesh)
+    estimate = memory.estimate_memory(network, mesh, batch)
+    planned = memory.compiled_memory(network, mesh, batch)
+    assert planned is not None
+    # The state's step and key come to the parameters, moments and average; all else is counted.
+    counted = estimate.parameters + estimate.optimizer + estimate.ema + estimate.batch
+    assert planned["arguments"] == counted + 4 + 8
+    assert planned["results"] < 1024  # the metrics: the new state lies in the old one's place
+    rest = estimate.gradients + estimate.activations
+    assert 0.5 * rest < planned["temporary"] < 2 * rest
+
+
+def test_bytes_are_told_in_their_unit():
+    told = [memory.in_bytes(count) for count in (0, 1023, 1024, 3 * 2**19, 5 * 2**40, 2**52)]
+    assert told == ["0 B", "1023 B", "1.00 KiB", "1.50 MiB", "5.00 TiB", "4,096.00 TiB"]
+    assert memory.nbytes((), jax.random.key(0).dtype) == 8
+    assert memory.nbytes((3, 5), np.dtype(np.float16)) == 30
