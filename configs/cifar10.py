@@ -7,8 +7,9 @@ Variants:  --config=configs/cifar10.py:size=B,attention=relu,process=flow
            --config=configs/cifar10.py --config.model.patch_size=4
 Hardware:  `recipe=dit` is made for one accelerator or more and has not been run at full length by
            this project; `recipe=short` for 2 CPU cores.
-Time:      not measured.
-Result:    not measured.
+Time:      `recipe=short,size=tiny,process=flow`: 25 minutes on 2 cores of an x86-64 machine that had
+           other work to do as well. `recipe=dit`: not measured.
+Result:    of that run, docs/results.md; of others, not measured.
 
 `recipe=dit` is DiT's own: constant rate, batch 256, 400K steps, patch 2. `recipe=short` is for what
 can be seen in little time: 3,000 steps of batch 64 (about four epochs), patch 4, a higher rate with
