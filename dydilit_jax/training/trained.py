@@ -31,8 +31,7 @@ from dydilit_jax.training.sharding import check_model, make_mesh, parameter_shar
 from dydilit_jax.training.state import Network, abstract_state
 
 PIXEL_CHANNELS = (1, 3)  # what can be drawn without an autoencoder
-# What other projects' networks are sampled with by their own code: DiT's and SiT's 250 steps, and
-# guidance of three channels, which DiT's published samples have.
+# What DiT's and SiT's own code samples with: 250 steps, and guidance of the first three channels.
 THEIR_STEPS, THEIR_GUIDED = 250, 3
 
 
@@ -201,22 +200,19 @@ def weights_config(pretrained: Pretrained, file: Path, autoencoder: str = "") ->
         decodes.
     """
     kept, channels = pretrained.extra, pretrained.config.channels
-    gaussian = {"process": "gaussian", "gaussian": {"learned_variance": True}}
-    diffusion = kept.get("diffusion")
+    diffusion, sampling = kept.get("diffusion"), kept.get("sampling", {})
     if diffusion is None:
-        diffusion = gaussian
-        if pretrained.out_channels == channels:
-            # DiT trained without the variance, unless they are ours and might be anything.
-            if pretrained.layout == OWN and "source" not in kept:
-                raise UserError(
-                    f"the config.json beside {str(file)!r} has no section diffusion, which says "
-                    "what the network was trained for: write it with convert"
-                )
-            diffusion = {"process": "gaussian", "gaussian": {"learned_variance": False}}
-    sampling = kept.get("sampling")
-    if sampling is None:
-        guided = THEIR_GUIDED if diffusion == gaussian and channels > THEIR_GUIDED else 0
-        sampling = {"steps": THEIR_STEPS, "guidance_channels": guided}
+        if pretrained.layout == OWN and "source" not in kept:
+            # Ours, and not converted from a DiT: it might be anything.
+            raise UserError(
+                f"the config.json beside {str(file)!r} has no section diffusion, which says what "
+                "the network was trained for: write it with convert"
+            )
+        learned = pretrained.out_channels != channels
+        diffusion = {"process": "gaussian", "gaussian": {"learned_variance": learned}}
+    if "step" not in kept:  # not of a run of ours
+        guided = THEIR_GUIDED if channels > THEIR_GUIDED else 0
+        sampling = {"steps": THEIR_STEPS, "guidance_channels": guided} | sampling
     decoder = kept.get("autoencoder", {})
     if autoencoder or not decoder:
         decoder = {"weights": autoencoder or _beside(file)}
