@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def test_latents_are_decoded_to_the_size_that_the_network_gives():
 
 def test_a_sit_draws_what_eulers_method_on_its_own_time_gives():
     """Two steps of SiT's equation, dx/ds = v, from noise at s = 0 to data at s = 1."""
-    options = {"sit": True, "heads": 4, "autoencoder": VAE}
+    options: dict[str, Any] = {"sit": True, "heads": 4, "autoencoder": VAE}
     trained = load_weights(OFFICIAL, **options, steps=2, guidance_scale=1.0)
     config = trained.config
     assert config.diffusion.process == "flow"
