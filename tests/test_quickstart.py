@@ -55,7 +55,7 @@ def pictures(notebook):
 
 @pytest.fixture(scope="module")
 def executed():
-    """The notebook after a short run in a kernel of its own; a cell that raises is an error here."""
+    """The notebook after a short run in a kernel of its own; a cell that raises is an error."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
