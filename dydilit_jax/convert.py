@@ -16,6 +16,8 @@ from absl import flags
 from dydilit_jax import cli
 from dydilit_jax.errors import UserError, unknown_name
 
+KEPT = ("diffusion", "autoencoder", "sampling")  # sections that say how to draw, kept beside
+
 _SOURCE = flags.DEFINE_string("source", None, "Weights to read: .safetensors, .pt or a folder.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a run, whose average is written.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; new or empty.")
@@ -96,7 +98,8 @@ def read_run() -> tuple[Any, dict, dict[str, Any], str]:
     abstract = abstract_state(network, make_mesh(config.mesh))
     step, ema = Checkpointer(workdir).restore_ema(abstract)
     parameters = ema_parameters(ema, config.optimizer)
-    extra = {"diffusion": dataclasses.asdict(config.diffusion), "step": step}
+    extra: dict[str, Any] = {"step": step}
+    extra |= {name: dataclasses.asdict(getattr(config, name)) for name in KEPT}
     return config.model, parameters, extra, f"the average of step {step} of {workdir}"
 
 

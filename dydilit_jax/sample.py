@@ -1,4 +1,8 @@
-"""Draws images: python -m dydilit_jax.sample --workdir=runs/digits --labels=0,1,2 --num=30."""
+"""Draws images, from a run or from weights.
+
+python -m dydilit_jax.sample --workdir=runs/digits --labels=0,1,2 --num=30
+python -m dydilit_jax.sample --weights=DiT-XL-2-256x256.pt --vae=sd-vae-ft-mse --labels=207,360
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,34 @@ import numpy as np
 from absl import flags
 
 from dydilit_jax import cli
-from dydilit_jax.config import Config, MeshConfig, SamplingConfig
 from dydilit_jax.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from dydilit_jax.training.trained import Trained
 
 FORMATS = ("png", "npz")
 
 _CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a training run.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "In place of --workdir: weights, .safetensors, .pt or a folder, in any layout."
+)
+_SIT = flags.DEFINE_bool("sit", False, "The weights are a SiT's, whose names are DiT's.")
+_HEADS = flags.DEFINE_integer(
+    "heads", None, "Heads of an official DiT of an unknown width.", lower_bound=1
+)
+_SHIFT = flags.DEFINE_integer(
+    "time_frequency_shift",
+    None,
+    "0 if the weights were trained with the official code, 1 if with diffusers; default: that "
+    "of the layout they come in.",
+)
+_VAE = flags.DEFINE_string(
+    "vae",
+    "",
+    "What decodes the latents of --weights: sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32-sana-1.0 or "
+    "a folder in diffusers' layout; default: what the weights name.",
+)
 _LABELS = flags.DEFINE_string("labels", "", "Labels to draw, like 0,1,2; empty for all of them.")
 _NUM = flags.DEFINE_integer("num", 30, "Images to draw; the labels take turns.", lower_bound=1)
 _SAMPLER = flags.DEFINE_string("sampler", None, "Name of a sampler; default: the config's.")
@@ -95,8 +117,8 @@ def output_format(out: Path, name: str | None) -> str:
     return name
 
 
-def sampling_from_flags(config: SamplingConfig) -> SamplingConfig:
-    """The run's sampling section with what the flags say in place of it."""
+def sampling_from_flags() -> dict[str, Any]:
+    """The fields of a config's section `sampling` that flags give."""
     fields: dict[str, Any] = {
         "sampler": _SAMPLER.value,
         "steps": _STEPS.value,
@@ -108,14 +130,42 @@ def sampling_from_flags(config: SamplingConfig) -> SamplingConfig:
     if _GUIDANCE_INTERVAL.value is not None:
         low, high = parse_interval(_GUIDANCE_INTERVAL.value)
         fields |= {"guidance_low": low, "guidance_high": high}
-    return dataclasses.replace(
-        config, **{name: value for name, value in fields.items() if value is not None}
-    )
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def load() -> Trained:
+    """The network that --workdir or --weights names.
+
+    Raises:
+      UserError: neither or both are given, flags that belong to the other, or as load_run and
+        load_weights.
+    """
+    from dydilit_jax.training.trained import load_run, load_weights
+
+    if _WORKDIR.value and _WEIGHTS.value:
+        raise UserError("give either --workdir, of a run, or --weights, a file")
+    sampling = sampling_from_flags()
+    if _WEIGHTS.value:
+        return load_weights(
+            _WEIGHTS.value,
+            sit=_SIT.value,
+            heads=_HEADS.value,
+            time_frequency_shift=_SHIFT.value,
+            autoencoder=_VAE.value,
+            **sampling,
+        )
+    workdir = cli.required(_WORKDIR.value, "workdir")
+    if _SIT.value or _HEADS.value or _SHIFT.value is not None or _VAE.value:
+        raise UserError(
+            "--sit, --heads, --time_frequency_shift, --vae are for --weights: a run knows its own"
+        )
+    return load_run(workdir, **sampling)
 
 
 def main() -> None:
-    """Draws images from a workdir's averaged parameters: a grid, a folder or an .npz."""
-    workdir = Path(cli.required(_WORKDIR.value, "workdir"))
+    """Draws images with a run's averaged parameters, or weights: a grid, a folder or an .npz."""
+    if not _WEIGHTS.value:
+        cli.required(_WORKDIR.value, "workdir")
     out = Path(_OUT.value)
     form = output_format(out, _FORMAT.value)
     _CONNECT()
@@ -124,30 +174,14 @@ def main() -> None:
     from tqdm import tqdm
 
     from dydilit_jax.training import request
-    from dydilit_jax.training.checkpoint import Checkpointer, has_checkpoint, load_config
-    from dydilit_jax.training.decoding import make_decoder
-    from dydilit_jax.training.generation import generate_images
-    from dydilit_jax.training.optimizer import ema_parameters
-    from dydilit_jax.training.state import Network, abstract_state
 
-    trained = load_config(workdir)
-    if not has_checkpoint(workdir):
-        raise UserError(f"workdir {str(workdir)!r} has no checkpoint yet: train first")
-    # Through the config's own checks; Network.create then checks the sampler.
-    config = Config.from_dict(
-        dataclasses.asdict(
-            dataclasses.replace(trained, sampling=sampling_from_flags(trained.sampling))
-        )
-    )
+    trained = load()
+    config = trained.config
     choices = parse_labels(_LABELS.value, config.model.num_classes)
     labels = np.resize(choices, _NUM.value)
-    decode = make_decoder(config.autoencoder)
-    mesh = _mesh(config)
-    network = Network.create(config)
-    step, ema = Checkpointer(workdir).restore_ema(abstract_state(network, mesh))
+    decode = trained.decode
     asked = {
-        "workdir": str(workdir.resolve()),
-        "step": step,
+        **trained.identity,
         "seed": _SEED.value,
         "num": _NUM.value,
         "labels": choices.tolist(),
@@ -158,15 +192,7 @@ def main() -> None:
     done = parts.done()
     if done and jax.process_index() == 0:
         print(f"{done} of {len(labels)} images are there already")
-    batches = generate_images(
-        network,
-        ema_parameters(ema, config.optimizer),
-        labels,
-        seed=_SEED.value,
-        config=config.sampling,
-        mesh=mesh,
-        first=done,
-    )
+    batches = trained.batches(labels, seed=_SEED.value, first=done)
     if jax.process_index() > 0:  # It draws its part of each batch; process 0 writes them all.
         for _ in batches:
             pass
@@ -182,43 +208,27 @@ def main() -> None:
     if form == "npz":
         request.write_npz(parts, labels, out)
     elif out.suffix == ".png":
-        title = (
-            f"{config.data.source}, step {step}, guidance {config.sampling.guidance_scale:g}, "
-            f"seed {_SEED.value}"
-        )
-        write_grid(np.concatenate(list(parts.read())), labels, out, config, title)
+        title = f"{trained.title}, guidance {config.sampling.guidance_scale:g}, seed {_SEED.value}"
+        names = [trained.labels[label] for label in labels]
+        write_grid(np.concatenate(list(parts.read())), labels, out, names, title)
     else:
         request.write_pngs(parts, labels, out)
     parts.delete()
-    print(f"wrote {_NUM.value} images of step {step} to {out}")
-
-
-def _mesh(config: Config) -> Mesh:
-    """The run's mesh; all devices for the batch where it was trained on others."""
-    from dydilit_jax.training.sharding import check_model, make_mesh
-
-    try:
-        mesh = make_mesh(config.mesh)
-    except UserError:
-        mesh = make_mesh(MeshConfig())
-    check_model(config.model, mesh.shape)
-    return mesh
+    print(f"wrote {_NUM.value} images of {trained.name} to {out}")
 
 
 def write_grid(
-    pixels: np.ndarray, labels: np.ndarray, out: Path, config: Config, title: str
+    pixels: np.ndarray, labels: np.ndarray, out: Path, names: list[str], title: str
 ) -> None:
     """One picture of all images (n, H, W, C) uint8: about ten columns, each of one label."""
-    from dydilit_jax.data.load import label_names
     from dydilit_jax.drawing import draw_grid, save_png
 
-    names = label_names(config)
     distinct = len(np.unique(labels))
     picture = draw_grid(
         pixels / 127.5 - 1.0,
         columns=min(distinct * max(1, 10 // distinct), 10, len(labels)),
         title=title,
-        labels=[names[label] for label in labels],
+        labels=names,
     )
     save_png(picture, out)
 

@@ -13,7 +13,9 @@ from dydilit_jax.errors import UserError
 from dydilit_jax.sample import parse_labels
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.writers import read_metrics
+from tests.autoencoders.test_diffusers import FIXTURES as AUTOENCODERS
 from tests.commands import ENVIRONMENT, assert_one_line
+from tests.models.test_pretrained import OFFICIAL
 from tests.tiny import ROOT, mesh_of, plain_config, random_state
 
 TRAIN, SAMPLE = "dydilit_jax.train", "dydilit_jax.sample"
@@ -167,6 +169,25 @@ SAMPLE_MISTAKES = {
         ["a .png file or a folder", "a.jpg is neither"],
     ),
     "no folder for it": (["--workdir=W/trained", "--out=W/missing/a.png"], ["does not exist"]),
+    "run and weights": (
+        ["--workdir=W/trained", f"--weights={OFFICIAL}"],
+        ["give either --workdir, of a run, or --weights, a file"],
+    ),
+    "autoencoder of a run": (
+        ["--workdir=W/trained", "--vae=sd-vae-ft-mse"],
+        ["--vae are for --weights: a run knows its own"],
+    ),
+    "no weights": (["--weights=W/missing.pt"], ["missing.pt' does not exist"]),
+    "weights that are none": (["--weights=W/file"], ["neither .safetensors nor .pt"]),
+    "weights of an unknown width": ([f"--weights={OFFICIAL}"], ["width 32", "give its --heads"]),
+    "weights of latents": (
+        [f"--weights={OFFICIAL}", "--heads=4"],
+        ["draws latents of 4 channels", "--vae=sd-vae-ft-mse"],
+    ),
+    "no such autoencoder": (
+        [f"--weights={OFFICIAL}", "--heads=4", "--vae=sd-vae"],
+        ["'sd-vae'", "sd-vae-ft-mse"],
+    ),
     "unknown flag": (["--workdir=W/trained", "--label=1"], ["label"]),
     "positional argument": (["W/trained"], ["unexpected argument"]),
 }
@@ -320,6 +341,19 @@ def test_sample_draws_what_is_asked_for(finished, command, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(out)), first)
     command(SAMPLE, *asked, "--guidance_scale=2", "--steps=3", "--seed=6")
     assert np.any(np.asarray(Image.open(out)) != first)
+
+
+def test_sample_draws_from_weights(command, tmp_path):
+    out = tmp_path / "dit.npz"
+    asked = [f"--weights={OFFICIAL}", "--heads=4", f"--vae={AUTOENCODERS / 'kl'}", "--labels=7,1"]
+    code, output, errors = command(SAMPLE, *asked, "--num=3", "--steps=2", f"--out={out}")
+    assert code == 0, errors
+    assert output == f"wrote 3 images of dit_official.pt to {out}\n"
+    with np.load(out) as images:
+        np.testing.assert_array_equal(images["arr_1"], [7, 1, 7])
+        assert images["arr_0"].shape == (3, 64, 64, 3)
+        assert len(np.unique(images["arr_0"])) > 10
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_labels_of_the_command_line():

@@ -16,6 +16,7 @@ from dydilit_jax.sample import output_format, parse_interval, parse_labels
 from dydilit_jax.training import request
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.state import Network, configured_sampler
+from dydilit_jax.training.trained import mesh_for
 from tests.tiny import mesh_of, plain_config, random_parameters, save_run, tiny_config
 
 FLOW, GAUSSIAN = DiffusionConfig(), DiffusionConfig(process="gaussian")
@@ -168,6 +169,6 @@ def test_a_request_stops_at_ctrl_c_and_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_run_of_another_mesh_is_drawn_on_the_devices_there_are():
     config = tiny_config(mesh={"data": 4, "fsdp": 64})
-    assert dict(sample._mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(mesh_for(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
     config = tiny_config(mesh={"data": 2, "fsdp": 4})
-    assert sample._mesh(config).shape["fsdp"] == 4
+    assert mesh_for(config).shape["fsdp"] == 4

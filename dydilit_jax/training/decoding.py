@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.autoencoders import Pretrained, images_from, load_autoencoder
 from dydilit_jax.config import AutoencoderConfig
+from dydilit_jax.errors import UserError
 
 DECODED_AT_ONCE = 8  # latents on a device
 
@@ -33,21 +34,33 @@ def configured_autoencoder(config: AutoencoderConfig) -> Pretrained:
     )
 
 
-def make_decoder(config: AutoencoderConfig, devices: Sequence[jax.Device] | None = None) -> Decode:
+def make_decoder(
+    config: AutoencoderConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    channels: int | None = None,
+) -> Decode:
     """What makes images of the network's outputs: latents (b, h, w, c) to pixels (b, H, W, 3).
 
     Args:
       config: the autoencoder; with no weights the network draws pixels, which stay as they are.
       devices: that share the work; default: all of this process.
+      channels: of the network's outputs, to be checked against the autoencoder's; None for not.
 
     Raises:
-      UserError: as load_autoencoder.
+      UserError: as load_autoencoder; or latents of another number of channels.
     """
     if not config.weights:
         return lambda images: images
     devices = devices or jax.local_devices()
     mesh = Mesh(np.asarray(devices), ("batch",), axis_types=(AxisType.Auto,))
-    graph, state = nnx.split(configured_autoencoder(config).autoencoder)
+    autoencoder = configured_autoencoder(config).autoencoder
+    if channels not in (None, autoencoder.latent_channels):
+        raise UserError(
+            f"autoencoder {config.weights!r} decodes latents of {autoencoder.latent_channels} "
+            f"channels, the network draws {channels}"
+        )
+    graph, state = nnx.split(autoencoder)
     parameters = jax.device_put(state, NamedSharding(mesh, P()))
     batch = NamedSharding(mesh, P("batch"))
     decode = jax.jit(lambda parameters, z: images_from(nnx.merge(graph, parameters), z))
