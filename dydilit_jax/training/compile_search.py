@@ -1,0 +1,169 @@
+"""Which meshes and rematerialisations fit a topology, and which of them is fastest by estimate.
+
+Each candidate is compiled, which takes a minute or so; what cannot fit or cannot win is left out:
+a mesh whose state alone exceeds the memory, a mesh that cuts the state less than one that did not
+fit, and more rematerialisation on a mesh than the least that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from dydilit_jax.config import Config, MeshConfig
+from dydilit_jax.errors import UserError
+from dydilit_jax.training.compile_report import mesh_text
+from dydilit_jax.training.lowering import Program, compile_program
+from dydilit_jax.training.sharding import check_fits, check_model, parameter_specs
+from dydilit_jax.training.state import Network
+from dydilit_jax.training.topology import Topology
+
+REMATERIALISATIONS = ("none", "dots", "full")  # from most memory to most computation
+FSDP_STEP = 4  # lengths of fsdp tried lie apart by this factor
+Compile = Callable[[Config, Topology, str], Program]
+
+
+class Candidate(NamedTuple):
+    """A mesh and a rematerialisation."""
+
+    mesh: MeshConfig
+    rematerialisation: str
+
+
+def candidates(config: Config, topology: Topology, what: str) -> list[MeshConfig]:
+    """Meshes worth trying, by their promise: few parts of tokens and channels, the state well cut.
+
+    Axes are powers of two; `tensor` and `sequence` are no longer together than needed to give
+    every device an image, times four at most.
+    """
+    devices = len(topology.devices)
+    batch = config.data.batch_size if what == "train" else devices
+    needed = -(-devices // batch)
+    found: list[MeshConfig] = []
+    for parts in (needed, 2 * needed, 4 * needed):
+        for tensor in _powers(parts):
+            sequence = parts // tensor
+            if devices % (tensor * sequence) or tensor * sequence != parts:
+                continue
+            rest = devices // parts
+            lengths = [fsdp for fsdp in reversed(_powers(rest)) if rest % fsdp == 0]
+            fitting = [
+                mesh
+                for fsdp in lengths
+                if _is_valid(config, what, mesh := _mesh(rest, fsdp, tensor, sequence))
+            ]
+            kept = [m for m in fitting if _is_step(m.fsdp, fitting[0].fsdp) or m.fsdp == 1]
+            found += kept
+    return found
+
+
+def _powers(most: int) -> list[int]:
+    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+
+
+def _is_step(fsdp: int, largest: int) -> bool:
+    while largest > fsdp:
+        largest //= FSDP_STEP
+    return largest == fsdp
+
+
+def _mesh(rest: int, fsdp: int, tensor: int, sequence: int) -> MeshConfig:
+    return MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor, sequence=sequence)
+
+
+class _Axes(NamedTuple):
+    """What the checks read of a mesh."""
+
+    shape: dict[str, int]
+
+
+def _is_valid(config: Config, what: str, mesh: MeshConfig) -> bool:
+    axes = dataclasses.asdict(mesh)
+    try:
+        if what == "train":
+            check_fits(config, _Axes(axes))  # type: ignore[arg-type]
+        check_model(config.model, axes)
+        parameter_specs(Network.create(config).abstract_parameters(), axes)
+    except UserError:
+        return False
+    return True
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    what: str,
+    limit: int,
+    compile: Compile = compile_program,
+) -> Iterator[Program]:
+    """Compiles candidates, best promise first, and yields each as it is done.
+
+    Args:
+      config: the run's; its mesh and rematerialisation are replaced.
+      topology: what to compile for.
+      what: `train` or `sample`.
+      limit: how many to compile at most.
+      compile: what compiles one.
+
+    Raises:
+      UserError: no mesh of the topology's devices fits the config.
+    """
+    meshes = candidates(config, topology, what)
+    if not meshes:
+        raise UserError(
+            f"no mesh of {len(topology.devices)} devices fits: data.batch_size "
+            f"{config.data.batch_size} and the network's heads and rows allow none"
+        )
+    done = 0
+    failed: list[Candidate] = []
+    policies = REMATERIALISATIONS if what == "train" else (config.model.rematerialisation,)
+    for mesh in meshes:
+        for policy in policies:
+            if done == limit:
+                return
+            if any(_is_no_better(mesh, policy, other) for other in failed):
+                continue
+            model = dataclasses.replace(config.model, rematerialisation=policy)
+            tried = dataclasses.replace(config, mesh=mesh, model=model)
+            done += 1
+            program = compile(tried, topology, what)
+            yield program
+            if program.fits:
+                break
+            failed.append(Candidate(mesh, policy))
+
+
+def _is_no_better(mesh: MeshConfig, policy: str, failed: Candidate) -> bool:
+    """Whether it needs at least as much memory as a candidate that did not fit."""
+    same = (mesh.tensor, mesh.sequence) == (failed.mesh.tensor, failed.mesh.sequence)
+    order = REMATERIALISATIONS.index
+    known = policy in REMATERIALISATIONS and failed.rematerialisation in REMATERIALISATIONS
+    return (
+        same
+        and mesh.fsdp <= failed.mesh.fsdp
+        and known
+        and order(policy) <= order(failed.rematerialisation)
+    )
+
+
+def ranked(programs: list[Program]) -> list[Program]:
+    """Those that fit, fastest first by the estimate without overlap, the one meshes change most."""
+    fitting = [program for program in programs if program.roofline is not None]
+    return sorted(fitting, key=lambda each: each.roofline.serial if each.roofline else np.inf)
+
+
+def line(program: Program) -> str:
+    """A program in one line."""
+    start = f"{mesh_text(program.mesh):<28}{program.config.model.rematerialisation:<9}"
+    if program.roofline is None:
+        state = f"state alone {program.memory.total / 2**30:.1f} GiB"
+        short = program.shortage
+        if short and short.needed:
+            state += f", needs {short.needed / 2**30:.1f} of {(short.available or 0) / 2**30:.1f}"
+        return f"{start}does not fit ({state})"
+    memory = program.memory.total / 2**30
+    low, high = program.roofline.overlapped * 1e3, program.roofline.serial * 1e3
+    return f"{start}{memory:6.2f} GiB  {low:,.4g} to {high:,.4g} ms, {program.roofline.bound}"
