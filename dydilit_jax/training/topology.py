@@ -97,11 +97,10 @@ def open_topology(name: str, gpu_target: Path | None = None) -> Topology:
             f"--topology={name} needs libtpu, the TPU's compiler, which is not installed: "
             "pip install -r requirements-tpu.txt, in an environment of its own (no TPU is needed)"
         )
-    from jax.experimental import topologies
-
+    # A host has four chips or more, except where there is one chip alone.
     hosts = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts).devices
+        devices = _compile_only("tpu", name, hosts)
     except Exception as error:  # whatever is wrong with libtpu: its own words
         raise UserError(f"libtpu has no compiler for {name}: {_one_line(error)}") from error
     chip = chip_of(devices[0].device_kind)
@@ -110,16 +109,13 @@ def open_topology(name: str, gpu_target: Path | None = None) -> Topology:
 
 
 def _gpus(name: str, shape: tuple[int, ...], gpu_target: Path | None) -> Topology:
-    from jax.experimental import topologies
-
     options = {}
     if gpu_target is not None:
         if not gpu_target.is_file():
             raise UserError(f"--gpu_target={gpu_target} is no file")
         options["target_config"] = gpu_target.read_text()
     try:
-        text = "x".join(str(each) for each in shape)
-        devices = topologies.get_topology_desc(platform=GPU, topology_name=text, **options).devices
+        devices = _compile_only(GPU, "x".join(str(each) for each in shape), options)
     except Exception as error:
         raise UserError(
             f"this JAX compiles for no GPU that is not attached ({_one_line(error)}): it takes "
@@ -129,6 +125,12 @@ def _gpus(name: str, shape: tuple[int, ...], gpu_target: Path | None) -> Topolog
     if chip is None:
         raise UserError(f"no figures are known of {devices[0].device_kind!r} (training/chips.py)")
     return Topology(name, "gpu", devices, chip, len(devices), shape)
+
+
+def _compile_only(platform: str, name: str, options: dict[str, Any]) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices
 
 
 def _one_line(error: Exception) -> str:
