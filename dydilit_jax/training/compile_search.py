@@ -22,7 +22,6 @@ from dydilit_jax.training.state import Network
 from dydilit_jax.training.topology import Topology
 
 REMATERIALISATIONS = ("none", "dots", "full")  # from most memory to most computation
-FSDP_STEP = 4  # lengths of fsdp tried lie apart by this factor
 Compile = Callable[[Config, Topology, str], Program]
 
 
@@ -36,38 +35,39 @@ class Candidate(NamedTuple):
 def candidates(config: Config, topology: Topology, what: str) -> list[MeshConfig]:
     """Meshes worth trying, by their promise: few parts of tokens and channels, the state well cut.
 
-    Axes are powers of two; `tensor` and `sequence` are no longer together than needed to give
-    every device an image, times four at most.
+    `tensor` and `sequence` are together as long as it takes to give every device an image, or two
+    or four times that. `fsdp` is the longest that fits, or goes along whole dimensions of the
+    network between the chips, which then are rings of its own, or is 1.
     """
     devices = len(topology.devices)
     batch = config.data.batch_size if what == "train" else devices
     needed = -(-devices // batch)
     found: list[MeshConfig] = []
     for parts in (needed, 2 * needed, 4 * needed):
-        for tensor in _powers(parts):
-            sequence = parts // tensor
-            if devices % (tensor * sequence) or tensor * sequence != parts:
+        for tensor in _divisors(parts):
+            if devices % parts:
                 continue
             rest = devices // parts
-            lengths = [fsdp for fsdp in reversed(_powers(rest)) if rest % fsdp == 0]
             fitting = [
                 mesh
-                for fsdp in lengths
-                if _is_valid(config, what, mesh := _mesh(rest, fsdp, tensor, sequence))
+                for fsdp in reversed(_divisors(rest))
+                if _is_valid(config, what, mesh := _mesh(rest, fsdp, tensor, parts // tensor))
             ]
-            kept = [m for m in fitting if _is_step(m.fsdp, fitting[0].fsdp) or m.fsdp == 1]
-            found += kept
+            whole = {1, *_whole_dimensions(topology.shape)}
+            found += [m for m in fitting if m.fsdp == fitting[0].fsdp or m.fsdp in whole]
     return found
 
 
-def _powers(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+def _whole_dimensions(shape: tuple[int, ...]) -> set[int]:
+    """Products of some of the lengths."""
+    products = {1}
+    for length in shape:
+        products |= {length * each for each in products}
+    return products
 
 
-def _is_step(fsdp: int, largest: int) -> bool:
-    while largest > fsdp:
-        largest //= FSDP_STEP
-    return largest == fsdp
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def _mesh(rest: int, fsdp: int, tensor: int, sequence: int) -> MeshConfig:
@@ -128,8 +128,8 @@ def search(
                 continue
             model = dataclasses.replace(config.model, rematerialisation=policy)
             tried = dataclasses.replace(config, mesh=mesh, model=model)
-            done += 1
             program = compile(tried, topology, what)
+            done += program.seconds > 0  # its state alone may be too large
             yield program
             if program.fits:
                 break

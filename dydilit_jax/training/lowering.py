@@ -58,7 +58,7 @@ class Program:
       images: of one execution.
       model_flops: that the model asks for, of one execution on all devices.
       roofline, collectives: of the compiled program; None and () where there is none.
-      seconds: that lowering and compiling took.
+      seconds: that lowering and compiling took; 0 where the state alone is too large.
       notes: what the figures leave out.
     """
 
@@ -129,6 +129,8 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
         collectives=(),
         seconds=0.0,
     )
+    if memory.state > topology.chip.hbm:
+        return dataclasses.replace(program, shortage=_state_shortage(memory, topology))
     platform = {"gpu": "cuda"}.get(topology.platform, topology.platform)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tracing_for(topology.platform):
         lowered = jitted.trace(*arguments).lower(lowering_platforms=(platform,))
@@ -142,6 +144,15 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
             return dataclasses.replace(program, shortage=short, seconds=seconds)
     seconds = time.perf_counter() - start
     return _account(dataclasses.replace(program, seconds=seconds), compiled, mesh)
+
+
+def _state_shortage(memory: Memory, topology: Topology) -> Shortage:
+    needed, available = memory.state, round(topology.chip.hbm)
+    message = (
+        f"parameters, optimizer and average alone take {needed / 2**30:.2f} of "
+        f"{available / 2**30:.4g} GiB on each device; nothing was compiled"
+    )
+    return Shortage(message, needed, available)
 
 
 def _account(program: Program, compiled: Any, mesh: Mesh) -> Program:
