@@ -196,14 +196,16 @@ def test_the_search_ranks_what_fits_and_leaves_out_what_cannot():
         return program_of(config, topology, what, fits=fits, network=mesh.fsdp * 1e8)
 
     config = tiny_config(data={"batch_size": 32})
-    programs = list(search(config, slice_of(V5E, 4, 4), "train", 9, compile))
-    assert tried[:1] == [(16, "none")]  # it fits: no more rematerialisation on that mesh
-    assert (4, "none") in tried
-    assert (4, "dots") in tried
-    assert (1, "none") not in tried[: tried.index((4, "full"))]
-    assert tried.count((1, "none")) == 0  # 4 did not fit with it
+    programs = list(search(config, slice_of(V5E, 4, 4), "train", 5, compile))
+    assert tried == [
+        (16, "none"),  # it fits: no rematerialisation is tried on that mesh
+        (4, "none"),
+        (4, "full"),
+        (4, "dots"),
+        (1, "full"),  # the others did not fit on 4 either
+    ]
     best = ranked(programs)
-    times = [program.roofline.serial for program in best]
+    times = [program.roofline.serial for program in best if program.roofline is not None]
     assert times == sorted(times)
     assert best[0].mesh["fsdp"] == 4
     assert all(program.fits for program in best)

@@ -1,8 +1,8 @@
 """Which meshes and rematerialisations fit a topology, and which of them is fastest by estimate.
 
-Each candidate is compiled, which takes a minute or so; what cannot fit or cannot win is left out:
-a mesh whose state alone exceeds the memory, a mesh that cuts the state less than one that did not
-fit, and more rematerialisation on a mesh than the least that fits.
+Each candidate is compiled, which takes a minute or so; what cannot fit or cannot win is left out: a
+mesh whose state alone exceeds the memory, a mesh that cuts the state less than one that did not fit
+with the same rematerialisation, and any rematerialisation where there is room for none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dydilit_jax.training.state import Network
 from dydilit_jax.training.topology import Topology
 
 REMATERIALISATIONS = ("none", "dots", "full")  # from most memory to most computation
+LENGTHS_APART = 4  # between lengths of fsdp that are tried
 Compile = Callable[[Config, Topology, str], Program]
 
 
@@ -53,8 +54,13 @@ def candidates(config: Config, topology: Topology, what: str) -> list[MeshConfig
                 for fsdp in reversed(_divisors(rest))
                 if _is_valid(config, what, mesh := _mesh(rest, fsdp, tensor, parts // tensor))
             ]
-            whole = {1, *_whole_dimensions(topology.shape)}
-            found += [m for m in fitting if m.fsdp == fitting[0].fsdp or m.fsdp in whole]
+            whole = _whole_dimensions(topology.shape)
+            kept = fitting[:1]
+            for mesh in fitting[1:]:
+                apart = kept[-1].fsdp >= LENGTHS_APART * mesh.fsdp
+                if mesh.fsdp == 1 or (apart and mesh.fsdp in whole):
+                    kept.append(mesh)
+            found += kept
     return found
 
 
@@ -119,34 +125,38 @@ def search(
         )
     done = 0
     failed: list[Candidate] = []
-    policies = REMATERIALISATIONS if what == "train" else (config.model.rematerialisation,)
     for mesh in meshes:
-        for policy in policies:
+        fitted: list[str] = []
+        for policy in _policies(config, what):
+            tried = Candidate(mesh, policy)
+            if fitted == ["none"] or any(_needs_as_much(tried, other) for other in failed):
+                continue
             if done == limit:
                 return
-            if any(_is_no_better(mesh, policy, other) for other in failed):
-                continue
             model = dataclasses.replace(config.model, rematerialisation=policy)
-            tried = dataclasses.replace(config, mesh=mesh, model=model)
-            program = compile(tried, topology, what)
+            program = compile(dataclasses.replace(config, mesh=mesh, model=model), topology, what)
             done += program.seconds > 0  # its state alone may be too large
             yield program
             if program.fits:
-                break
-            failed.append(Candidate(mesh, policy))
+                fitted.append(policy)
+            else:
+                failed.append(tried)
 
 
-def _is_no_better(mesh: MeshConfig, policy: str, failed: Candidate) -> bool:
-    """Whether it needs at least as much memory as a candidate that did not fit."""
-    same = (mesh.tensor, mesh.sequence) == (failed.mesh.tensor, failed.mesh.sequence)
-    order = REMATERIALISATIONS.index
-    known = policy in REMATERIALISATIONS and failed.rematerialisation in REMATERIALISATIONS
-    return (
-        same
-        and mesh.fsdp <= failed.mesh.fsdp
-        and known
-        and order(policy) <= order(failed.rematerialisation)
-    )
+def _policies(config: Config, what: str) -> tuple[str, ...]:
+    """Rematerialisations to try: none; where it does not fit, the most; then what is between."""
+    return ("none", "full", "dots") if what == "train" else (config.model.rematerialisation,)
+
+
+def _needs_as_much(tried: Candidate, failed: Candidate) -> bool:
+    """Whether a candidate needs at least as much memory as one that did not fit."""
+    same = (tried.mesh.tensor, tried.mesh.sequence) == (failed.mesh.tensor, failed.mesh.sequence)
+    policies = (tried.rematerialisation, failed.rematerialisation)
+    if not same or tried.mesh.fsdp > failed.mesh.fsdp:
+        return False
+    if not set(policies) <= set(REMATERIALISATIONS):
+        return policies[0] == policies[1]
+    return REMATERIALISATIONS.index(policies[0]) <= REMATERIALISATIONS.index(policies[1])
 
 
 def ranked(programs: list[Program]) -> list[Program]:

@@ -49,7 +49,8 @@ class Topology(NamedTuple):
 def set_environment() -> None:
     """What libtpu reads when it is loaded: it asks no metadata server, and may be loaded twice.
 
-    To be called before JAX is imported. The hosts' names keep it from complaining of none.
+    To be called before JAX is imported, for its own devices to be a CPU's. The hosts' names keep
+    libtpu from complaining that there are none.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -90,6 +91,7 @@ def open_topology(name: str, gpu_target: Path | None = None) -> Topology:
       UserError: an unknown topology, or no compiler for it.
     """
     generation, shape = parse_topology(name)
+    set_environment()
     if generation == GPU:
         return _gpus(name, shape, gpu_target)
     if importlib.util.find_spec("libtpu") is None:

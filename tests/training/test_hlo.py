@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.training.collectives import axes_of, collectives, replica_groups, table
 from dydilit_jax.training.costs import unknown_kernels, work
-from dydilit_jax.training.hlo import arrays_of, parse, schedule
+from dydilit_jax.training.hlo import Module, Schedule, arrays_of, parse, schedule
 from dydilit_jax.training.memory import activation_bytes, shortage
 from tests.tiny import mesh_of
 
@@ -143,7 +143,9 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
 
 def test_collectives_of_a_tpus_program(program):
-    rows = {(row["kind"], *row["axes"]): row for row in table(collectives(*program, MESH))}
+    module, executed = program
+    found = collectives(module, executed, MESH)
+    rows = {(row["kind"], *row["axes"]): row for row in table(found)}
     shard = 144 * 1152 * 2
     assert rows == {
         # One operation, though three fusions hold it; a group of four.
@@ -259,6 +261,12 @@ def test_what_the_compiler_says_of_too_little_memory():
 B, D, LAYERS = 16, 32, 5
 
 
+def read(compiled) -> tuple[Module, Schedule]:
+    """A compiled program and its executions."""
+    module = parse(compiled.as_text())
+    return module, schedule(module)
+
+
 @pytest.fixture(scope="module")
 def scanned():
     """Layers of gathered weights over fsdp, then a mean over all devices; and its gradients."""
@@ -277,8 +285,7 @@ def scanned():
             jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32),
             jax.ShapeDtypeStruct((B, D), jnp.float32),
         ).compile()
-    module = parse(compiled.as_text())
-    return module, schedule(module), dict(mesh.shape)
+    return *read(compiled), dict(mesh.shape)
 
 
 def test_flops_of_scanned_layers(scanned):
@@ -309,8 +316,7 @@ def test_a_sum_over_an_axis_in_a_scan(axes, group):
 
     mapped = jax.shard_map(each, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct((6, 10), jnp.float32)).compile()
-    module = parse(compiled.as_text())
-    (row,) = table(collectives(module, schedule(module), dict(mesh.shape)))
+    (row,) = table(collectives(*read(compiled), dict(mesh.shape)))
     assert (row["kind"], tuple(row["axes"]), row["count"]) == ("all-reduce", axes, 7)
     assert row["bytes"] == 7 * 6 * 10 * 4
     assert row["sent_bytes"] == round(7 * 240 * 2 * (group - 1) / group)
@@ -328,11 +334,10 @@ def test_gathers_exchanges_and_permutes_over_an_axis():
     spec = P(("data", "fsdp"))
     mapped = jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct((64, 10), jnp.float32)).compile()
-    module = parse(compiled.as_text())
     part = 8 * 10 * 4
     found = {
         row["kind"]: (tuple(row["axes"]), row["sent_bytes"])
-        for row in table(collectives(module, schedule(module), dict(mesh.shape)))
+        for row in table(collectives(*read(compiled), dict(mesh.shape)))
     }
     assert found == {
         "all-gather": (("fsdp",), 3 * part),
@@ -357,9 +362,8 @@ def test_convolutions_count_as_xla_counts_them():
         )
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 9, 7, 4), (3, 3, 4, 5))]
-    text = jax.jit(convolve).lower(*shapes).compile()
-    module = parse(text.as_text())
-    cost = sum(w.cost.flops for w in work(module, schedule(module)))
+    compiled = jax.jit(convolve).lower(*shapes).compile()
+    cost = sum(each.cost.flops for each in work(*read(compiled)))
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(s.shape) != 0 for s in shapes)  # ones: the sum counts products
     products = convolve(np.asarray(x, np.float32), np.asarray(w, np.float32)).sum()
