@@ -40,7 +40,7 @@ def _state_products(products: int) -> KernelFlops:
 
 
 # FLOPs of a kernel's matrix products by its name, from its operands and results. A new kernel needs
-# a line here (docs/kernels.md); without one it counts as free of FLOPs and is named in the report.
+# a line here; without one it counts as free of FLOPs and is named in the report.
 KERNEL_FLOPS: dict[str, KernelFlops] = {
     "dydila_forward": _state_products(2),  # K^T V, Q S
     "dydila_state": _state_products(1),
