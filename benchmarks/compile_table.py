@@ -17,13 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dydilit_jax.training.topology import open_topology, set_environment
-
-set_environment()
-
-from dydilit_jax.config import Config  # noqa: E402
-from dydilit_jax.training.compile_report import mesh_text, report  # noqa: E402
-from dydilit_jax.training.compile_search import line, ranked, search  # noqa: E402
+from dydilit_jax.config import Config
+from dydilit_jax.training.compile_report import mesh_text, report
+from dydilit_jax.training.compile_search import line, ranked, search
+from dydilit_jax.training.topology import open_topology
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -19,7 +19,7 @@ from absl import flags
 from dydilit_jax import cli
 from dydilit_jax.config import Config
 from dydilit_jax.errors import UserError, unknown_name
-from dydilit_jax.training.topology import open_topology, parse_topology, set_environment
+from dydilit_jax.training.topology import open_topology, parse_topology
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for, such as v5e:16x16.")
@@ -45,7 +45,6 @@ def main() -> None:
     path = Path(_JSON.value) if _JSON.value else None
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json={path}: give a file in a folder that exists")
-    set_environment()
     from dydilit_jax.training import compile_report
     from dydilit_jax.training.lowering import PROGRAMS, compile_program
 

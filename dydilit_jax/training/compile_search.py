@@ -8,10 +8,9 @@ with the same rematerialisation, and any rematerialisation where there is room f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-
-import numpy as np
 
 from dydilit_jax.config import Config, MeshConfig
 from dydilit_jax.errors import UserError
@@ -23,6 +22,7 @@ from dydilit_jax.training.topology import Topology
 
 REMATERIALISATIONS = ("none", "dots", "full")  # from most memory to most computation
 LENGTHS_APART = 4  # between lengths of fsdp that are tried
+PARTS_TRIED = 3  # of tensor times sequence
 Compile = Callable[[Config, Topology, str], Program]
 
 
@@ -36,18 +36,16 @@ class Candidate(NamedTuple):
 def candidates(config: Config, topology: Topology, what: str) -> list[MeshConfig]:
     """Meshes worth trying, by their promise: few parts of tokens and channels, the state well cut.
 
-    `tensor` and `sequence` are together as long as it takes to give every device an image, or two
-    or four times that. `fsdp` is the longest that fits, or goes along whole dimensions of the
-    network between the chips, which then are rings of its own, or is 1.
+    `tensor` times `sequence` is what it takes to give every device a part of an image, or one of
+    the next two divisors of the devices. `fsdp` is the longest that fits; then such that go along
+    whole dimensions of the network between the chips, which are rings of their own; then 1.
     """
     devices = len(topology.devices)
     batch = config.data.batch_size if what == "train" else devices
     needed = -(-devices // batch)
     found: list[MeshConfig] = []
-    for parts in (needed, 2 * needed, 4 * needed):
+    for parts in [each for each in _divisors(devices) if each >= needed][:PARTS_TRIED]:
         for tensor in _divisors(parts):
-            if devices % parts:
-                continue
             rest = devices // parts
             fitting = [
                 mesh
@@ -162,7 +160,7 @@ def _needs_as_much(tried: Candidate, failed: Candidate) -> bool:
 def ranked(programs: list[Program]) -> list[Program]:
     """Those that fit, fastest first by the estimate without overlap, the one meshes change most."""
     fitting = [program for program in programs if program.roofline is not None]
-    return sorted(fitting, key=lambda each: each.roofline.serial if each.roofline else np.inf)
+    return sorted(fitting, key=lambda each: each.roofline.serial if each.roofline else math.inf)
 
 
 def line(program: Program) -> str:

@@ -47,12 +47,15 @@ class Topology(NamedTuple):
 
 
 def set_environment() -> None:
-    """What libtpu reads when it is loaded: it asks no metadata server, and may be loaded twice.
+    """Settings for compiling alone, to be made before JAX looks for devices.
 
-    To be called before JAX is imported, for its own devices to be a CPU's. The hosts' names keep
-    libtpu from complaining that there are none.
+    JAX takes no accelerator of this machine. libtpu, when it is loaded, asks no metadata server,
+    may be loaded by several processes, and is given a host's name, lest it complain of none.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
