@@ -114,13 +114,13 @@ def open_topology(name: str, gpu_target: Path | None = None) -> Topology:
 
 
 def _gpus(name: str, shape: tuple[int, ...], gpu_target: Path | None) -> Topology:
-    options = {}
+    options = {"topology": "x".join(str(each) for each in shape)}
     if gpu_target is not None:
         if not gpu_target.is_file():
             raise UserError(f"--gpu_target={gpu_target} is no file")
         options["target_config"] = gpu_target.read_text()
     try:
-        devices = _compile_only(GPU, "x".join(str(each) for each in shape), options)
+        devices = _compile_only(GPU, name, options)
     except Exception as error:
         raise UserError(
             f"this JAX compiles for no GPU that is not attached ({_one_line(error)}): it takes "
