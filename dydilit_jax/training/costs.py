@@ -27,7 +27,8 @@ FREE = {
     "replica-id", "while", "conditional", "call", "optimization-barrier", "async-start",
     "async-update", "async-done", "domain", "add-dependency",
 }  # fmt: skip
-KERNEL_CALLS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")  # others are the compiler's marks
+KERNEL_CALLS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
+LIBRARY_CALLS = ("__cublas", "__cudnn", "__triton")  # other custom calls are the compiler's marks
 SLICES = ("dynamic-slice", "slice", "gather")
 SAME_BYTES = ("bitcast", "reshape", "copy", "convert")  # what a slice may be seen through
 
@@ -105,7 +106,7 @@ def instruction_cost(module: Module, computation: Computation, instruction: Inst
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done") or kind_of(instruction):
         return Cost(0.0, 0.0)
-    if opcode == "custom-call" and not _is_kernel(instruction):
+    if opcode == "custom-call" and not (_is_kernel(instruction) or _is_library(instruction)):
         return Cost(0.0, 0.0)
     operands = [
         computation.instructions[name].arrays
@@ -124,6 +125,10 @@ def instruction_cost(module: Module, computation: Computation, instruction: Inst
 
 def _is_kernel(instruction: Instruction) -> bool:
     return instruction.attribute(r'custom_call_target="([^"]*)"') in KERNEL_CALLS
+
+
+def _is_library(instruction: Instruction) -> bool:
+    return instruction.attribute(r'custom_call_target="([^"]*)"').startswith(LIBRARY_CALLS)
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -233,10 +238,12 @@ def _fusion_flops(module: Module, body: Computation) -> float:
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> float:
-    """FLOPs of a dot or a convolution; 0 for anything else."""
-    if instruction.opcode == "dot":
+    """FLOPs of a dot, a library's too, or of a convolution; 0 for anything else."""
+    over = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+    if _is_library(instruction):
+        over = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]').replace('"', "")
+    if over:
         left = computation.instructions[instruction.operands[0]].arrays[0]
-        over = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
         inner = math.prod(left.dimensions[int(d)] for d in over.split(",") if d)
         return 2.0 * instruction.arrays[0].size * inner
     if instruction.opcode == "convolution":

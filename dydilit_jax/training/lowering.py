@@ -166,12 +166,19 @@ def _account(program: Program, compiled: Any, mesh: Mesh) -> Program:
     def bandwidth(group: Any) -> float:
         return group_bandwidth(topology, [devices[i] for i in group])
 
+    memory = compiled_memory(program.memory, compiled.memory_analysis(), module, executed)
+    if topology.platform == "gpu" and memory.total > topology.chip.hbm:
+        # Its compiler lays memory out and does not ask how much there is.
+        needed, available = memory.total, round(topology.chip.hbm)
+        message = f"the compiled program takes {needed / 2**30:.2f} GiB on each device"
+        short = Shortage(message, needed, available)
+        return dataclasses.replace(program, memory=memory, shortage=short)
     notes = [f"the FLOPs of kernel {name} are not known" for name in unknown_kernels(module)]
     if executed.unknown_loops:
         notes.append(f"{len(executed.unknown_loops)} loops count once: their trips are not known")
     return dataclasses.replace(
         program,
-        memory=compiled_memory(program.memory, compiled.memory_analysis(), module, executed),
+        memory=memory,
         roofline=roofline(work(module, executed), found, topology.chip, bandwidth),
         collectives=tuple(found),
         notes=tuple(notes),

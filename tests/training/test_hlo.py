@@ -188,6 +188,28 @@ def test_flops_and_bytes_of_a_tpus_program(program):
     assert unknown_kernels(module) == ["unheard_of"]
 
 
+def test_products_that_a_gpus_library_computes():
+    """(4, 32, 16) x (4, 16, 8) in a call whose numbers stand in its configuration."""
+    module = parse(
+        """\
+HloModule jit_step
+
+ENTRY %main (a: bf16[4,32,16], b: bf16[4,16,8]) -> bf16[4,32,8] {
+  %a = bf16[4,32,16]{2,1,0} parameter(0)
+  %b = bf16[4,16,8]{2,1,0} parameter(1)
+  %call = (bf16[4,32,8]{2,1,0}, s8[64]{0}) custom-call(%a, %b), """
+        """custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"""
+        """"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_"""
+        """dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %c = bf16[4,32,8]{2,1,0} get-tuple-element(%call), index=0
+}
+"""
+    )
+    (product,) = work(module, schedule(module))
+    assert product.cost.flops == 2 * 4 * 32 * 16 * 8
+    assert product.cost.bytes == 2 * (4 * 32 * 16 + 4 * 16 * 8 + 4 * 32 * 8) + 64
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
