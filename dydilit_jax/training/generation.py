@@ -26,6 +26,19 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
     All randomness of an image comes from fold_in(seed key, its index): it is the same image
     whatever batch it is drawn in and on however many devices.
     """
+    compiled = jit_generator(network, config, mesh)
+
+    def on_mesh(
+        parameters: Any, key: jax.Array, indices: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return compiled(parameters, key, indices, labels)
+
+    return on_mesh
+
+
+def jit_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> Any:
+    """The jitted function of `compile_generator`, to be called with the mesh set."""
     model = network.config.model
     sampler = configured_sampler(config, network.config.diffusion)
 
@@ -47,15 +60,7 @@ def compile_generator(network: Network, config: SamplingConfig, mesh: Mesh) -> G
         return sample(sampler, guided, keys, shape)
 
     batch = batch_sharding(mesh)
-    compiled = jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
-
-    def on_mesh(
-        parameters: Any, key: jax.Array, indices: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        with jax.set_mesh(mesh):
-            return compiled(parameters, key, indices, labels)
-
-    return on_mesh
+    return jax.jit(generate, in_shardings=(None, None, batch, batch), out_shardings=batch)
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:

@@ -99,13 +99,16 @@ def slice_count(devices: Sequence[Any]) -> int:
 def arrange(devices: Sequence[Any], sizes: Mapping[str, int], slices: int) -> np.ndarray:
     """The devices as an array with the axes' lengths, near ones along the inner axes.
 
-    With several slices the first axis is slice by slice.
+    With several slices the first axis is slice by slice. An axis may go along a part of a torus's
+    dimension: fsdp=128, XL's most, on 16 x 16 chips goes along one and half of the other.
     """
     shape = [sizes[axis] for axis in AXES]
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     inner = [shape[0] // slices, *shape[1:]]
-    return mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1, 1], devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, [slices, 1, 1, 1], devices, allow_split_physical_axes=True
+    )
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -22,38 +22,11 @@ from typing import Any
 
 import jax
 
+from dydilit_jax.training.chips import peak_flops
+
 FLOPS_PER_MULTIPLY_ADD = 6
 GOODPUT_FILE = "goodput.json"
 PROFILES = "profiles"
-
-# Peak dense bfloat16 FLOP/s of a device as JAX counts them, by a part of its device_kind; the first
-# that fits. TPUs: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x"; a
-# TPU7x chip's 2,307 TFLOP/s are those of two devices. GPUs: NVIDIA's data sheets of A100, H100,
-# H200 and B200, the SXM forms, without sparsity.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("TPU v7", 1153.5e12),
-    ("A100", 312e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-)
-UNLIKE = ("TPU v4 lite", "H100 NVL", "GB200")  # devices of other peaks with names that would fit
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None for one that is not in the table."""
-    if any(name in device_kind for name in UNLIKE):
-        return None
-    return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
 
 
 def memory_in_use(devices: Sequence[Any] | None = None) -> dict[str, float]:

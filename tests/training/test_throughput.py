@@ -11,8 +11,9 @@ import pytest
 from dydilit_jax.models.config import ModelConfig, size_fields
 from dydilit_jax.models.count import multiply_adds
 from dydilit_jax.training import throughput
+from dydilit_jax.training.chips import peak_flops
 from dydilit_jax.training.loop import train
-from dydilit_jax.training.throughput import Clock, Goodput, Profiler, Throughput, peak_flops
+from dydilit_jax.training.throughput import Clock, Goodput, Profiler, Throughput
 from dydilit_jax.training.writers import read_metrics
 from tests.tiny import plain_config
 
