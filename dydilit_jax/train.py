@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -14,6 +15,14 @@ _CONNECT = cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and samples.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print config, parameters, mesh and a batch's shapes; train nothing."
+)
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status of a run that was asked to stop before its last step, by which a launcher knows "
+    "that it has to go on.",
+    lower_bound=0,
+    upper_bound=255,
 )
 
 
@@ -30,7 +39,9 @@ def main() -> None:
     workdir = cli.required(_WORKDIR.value, "workdir")
     from dydilit_jax.training.loop import train
 
-    train(config, Path(workdir))
+    state = train(config, Path(workdir))
+    if int(state.step) < config.train.steps:
+        sys.exit(_STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

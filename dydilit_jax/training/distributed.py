@@ -92,7 +92,9 @@ def from_slurm(environment: Mapping[str, str]) -> Cluster | None:
         f"{host}:{_hash_port(int(job))}",
         int(tasks),
         int(process),
-        _one_gpu(environment, "SLURM_LOCALID"),
+        None
+        if tasks == environment.get("SLURM_STEP_NUM_NODES")
+        else _one_gpu(environment, "SLURM_LOCALID"),
     )
 
 
@@ -110,7 +112,9 @@ def from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
         f"{host}:{_hash_port(int(match.group(1)) // 4096)}",
         int(environment["OMPI_COMM_WORLD_SIZE"]),
         int(environment["OMPI_COMM_WORLD_RANK"]),
-        _one_gpu(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        None
+        if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        else _one_gpu(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),
     )
 
 
