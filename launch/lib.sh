@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2034 # what functions find, others read
 # What the launch scripts share: options, errors in one line, quoting, and checks of what is to run.
 # Sourced, not run. Functions that find something leave it in a variable named in their comment: an
 # error within $(...) would end only the subshell.
@@ -18,6 +19,7 @@ declare -A option=()
 declare -a program=()
 shared_places=() # folders that all hosts see
 buckets=()
+connects=no # whether the program is an entry point that connects its processes
 
 # A user's mistake: one line, status 2.
 die() {
@@ -66,7 +68,16 @@ run() {
   fi
 }
 
-# run_with_input TEXT COMMAND...: the same with TEXT on standard input.
+# The same for a command whose output is not what the caller of the script wants: it goes to stderr.
+run_aside() {
+  if [[ -n ${option[dry-run]-} ]]; then
+    run "$@"
+  else
+    "$@" >&2
+  fi
+}
+
+# run_with_input TEXT COMMAND...: the same with TEXT and a line's end on standard input.
 run_with_input() {
   local text=$1 mark=END_OF_INPUT
   shift
@@ -74,7 +85,7 @@ run_with_input() {
     while [[ $'\n'$text$'\n' == *$'\n'"$mark"$'\n'* ]]; do mark+=_; done
     printf "%s <<'%s'\n%s\n%s\n" "$(quoted "$@")" "$mark" "$text" "$mark"
   else
-    "$@" <<<"$text"
+    "$@" <<<"$text" >&2
   fi
 }
 
@@ -168,15 +179,15 @@ flag_of() {
   done
 }
 
-# check_program: something is to run, and what looks like an entry point is one. `entry` is its name,
-# empty for any other program. Gives entry points what a launched run needs.
+# check_program: something is to run, and what looks like an entry point is one. Gives entry points what a
+# launched run needs.
 check_program() {
   ((${#program[@]})) ||
     die "nothing to run: end with -- python -m dydilit_jax.train --config=... --workdir=..."
-  entry=""
+  connects=no
+  local entry known
   if [[ ${program[0]##*/} == python* && ${program[1]-} == -m && ${program[2]-} == dydilit_jax.* ]]; then
     entry=${program[2]#dydilit_jax.}
-    local known
     known=$(cd "$ROOT/dydilit_jax" && grep -l '^    cli\.run(' ./*.py | sed 's|^\./||; s|\.py$||' | tr '\n' ' ')
     [[ " $known" == *" $entry "* ]] || die "dydilit_jax.$entry is no entry point. Known: $known"
     if [[ $entry == train ]]; then
@@ -186,20 +197,42 @@ check_program() {
       [[ -n $flag ]] || program+=("--stopped_status=$STOPPED_STATUS")
     fi
     if grep -q '^_CONNECT\b' "$ROOT/dydilit_jax/$entry.py"; then
+      connects=yes
       flag_of distributed_timeout
       [[ -n $flag ]] || program+=("--distributed_timeout=$MEETING_SECONDS")
     fi
   fi
 }
 
-# outputs_of: `outputs` are the folders the program writes to: --workdir and --out.
+# outputs_of: `outputs` are the folders the program writes to: --workdir and --out, which may name a file.
 outputs_of() {
   local name
   outputs=()
   for name in workdir out; do
     flag_of "$name"
+    [[ $flag != *.png && $flag != *.npz ]] || flag=$(dirname "$flag")
     [[ -z $flag ]] || outputs+=("$flag")
   done
+}
+
+# find_folder: `folder` is that of the job's own files: --folder, or WORKDIR/launch.
+find_folder() {
+  folder=${option[folder]-}
+  if [[ -z $folder ]]; then
+    flag_of workdir
+    flag=${option[workdir]-$flag}
+    [[ -n $flag ]] || die "--folder is missing: where the job's code and logs are"
+    folder=${flag%/}/launch
+  fi
+  check_absolute --folder "$folder"
+}
+
+# find_venv: `venv` is the environment whose python is to run.
+find_venv() {
+  venv=${option[venv]-${VIRTUAL_ENV:-$ROOT/.venv}}
+  [[ -x $venv/bin/python ]] ||
+    die "$venv has no bin/python: give --venv=DIR, an environment with requirements.txt installed, or an image"
+  venv=$(cd "$venv" && pwd)
 }
 
 # words_of LINE: `program` from a line of shell words, of which nothing is expanded.
@@ -235,6 +268,16 @@ clean_revision() {
     die "the working tree differs from revision ${revision:0:12} in ${#changed[@]} file(s), first '${changed[0]:3}': commit, or use ${1-another way}"
 }
 
+# copy_code FOLDER: writes `revision` there, if that is in the job's own folder and not there yet.
+copy_code() {
+  local code=$1
+  [[ $code == "$folder/code/"* && ! -e $code ]] || return 0
+  run mkdir -p "$code.new"
+  # shellcheck disable=SC2016 # the inner shell's own arguments
+  run bash -o pipefail -c 'git -C "$1" archive "$2" | tar -x -C "$3"' copy "$ROOT" "$revision" "$code.new"
+  run mv "$code.new" "$code"
+}
+
 # pushed_revision: `revision` can be cloned from `repository`.
 pushed_revision() {
   if [[ -n ${option[repository]-} ]]; then
@@ -264,6 +307,23 @@ mount_buckets() {
       die "'${program[i]}' names no bucket: it has the form gs://BUCKET/PATH"
     program[i]=$before/gcs/$bucket$rest
     [[ " ${buckets[*]-} " == *" $bucket "* ]] || buckets+=("$bucket")
+    shared_places+=("/gcs/$bucket")
+  done
+}
+
+# check_buckets BUCKET...: checkpoints are finished by renaming a folder, which a bucket of the flat kind
+# cannot do at once.
+check_buckets() {
+  local bucket enabled describe
+  for bucket; do
+    describe=(gcloud storage buckets describe "gs://$bucket" --raw '--format=value(hierarchicalNamespace.enabled)')
+    if [[ -n ${option[dry-run]-} ]]; then
+      run "${describe[@]}"
+    elif ! enabled=$("${describe[@]}"); then
+      note "warning: gs://$bucket could not be looked at; it must exist, with a hierarchical namespace"
+    elif [[ $enabled != [Tt]rue ]]; then
+      die "gs://$bucket has no hierarchical namespace, which checkpoints need: gcloud storage buckets create gs://NEW --uniform-bucket-level-access --enable-hierarchical-namespace --location=..."
+    fi
   done
 }
 

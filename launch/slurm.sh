@@ -41,19 +41,6 @@ VALUED="job nodes gpus-per-node cpus-per-task mem partition account qos constrai
 max-restarts folder workdir code venv container image mount code-in-image array max-parallel task"
 VALUED=${VALUED//$'\n'/ }
 
-# `folder`: of the job's files.
-find_folder() {
-  folder=${option[folder]-}
-  if [[ -z $folder ]]; then
-    flag_of workdir
-    flag=${option[workdir]-$flag}
-    [[ -n $flag ]] || die "--folder is missing: where the job's code and logs are, visible to all hosts"
-    folder=${flag%/}/launch
-  fi
-  check_absolute --folder "$folder"
-  [[ $folder != *\\* ]] || die "--folder=$folder holds a backslash, which Slurm takes for its own"
-}
-
 # `code` and `environment`: options of the batch script that say where the code is and what runs it.
 find_code() {
   : "${option[code]=revision}"
@@ -74,24 +61,15 @@ find_code() {
     return
   fi
   [[ -z ${option[mount]-} ]] || die "--mount is for containers: give --container and --image too"
-  local venv=${option[venv]-${VIRTUAL_ENV:-$ROOT/.venv}}
-  [[ -x $venv/bin/python ]] ||
-    die "$venv has no bin/python: give --venv=DIR, an environment with requirements.txt installed that all hosts see"
-  environment=("--venv=$(cd "$venv" && pwd)")
+  local venv
+  find_venv
+  environment=("--venv=$venv")
   if [[ ${option[code]} == here ]]; then
     code=$ROOT
   else
     clean_revision "--code=here"
     code=$folder/code/$revision
   fi
-}
-
-copy_code() {
-  [[ $code == "$folder/code/"* && ! -e $code ]] || return 0
-  run mkdir -p "$code.new"
-  # shellcheck disable=SC2016 # the inner shell's own arguments
-  run bash -o pipefail -c 'git -C "$1" archive "$2" | tar -x -C "$3"' copy "$ROOT" "$revision" "$code.new"
-  run mv "$code.new" "$code"
 }
 
 start() {
@@ -110,6 +88,7 @@ start() {
     check_program
   fi
   find_folder
+  [[ $folder != *\\* ]] || die "--folder=$folder holds a backslash, which Slurm takes for its own"
   # The programs' own folders; and each command with what the launcher gives it.
   local line all_outputs=() texts=""
   for line in "${commands[@]}"; do
@@ -130,7 +109,7 @@ start() {
 
   local submit=(sbatch --parsable "--job-name=${option[job]}" "--nodes=${option[nodes]}"
     --ntasks-per-node=1 --requeue --open-mode=append "--signal=TERM@${option[grace]}")
-  ((!option[gpus-per-node])) || submit+=("--gpus-per-node=${option[gpus-per-node]}")
+  ((${option[gpus-per-node]} == 0)) || submit+=("--gpus-per-node=${option[gpus-per-node]}")
   if [[ -n ${option[cpus-per-task]-} ]]; then
     number cpus-per-task 1 1
     submit+=("--cpus-per-task=${option[cpus-per-task]}")
@@ -160,7 +139,7 @@ start() {
   [[ -n ${option[dry-run]-} ]] || command -v sbatch >/dev/null ||
     die "there is no sbatch: run this on a login node of the cluster"
   run mkdir -p "$folder/logs" "$folder/exit"
-  copy_code
+  copy_code "$code"
   if [[ -n ${option[array]-} ]]; then
     local list
     list=$folder/${option[job]}.$(cksum <<<"$texts" | tr ' ' '-').commands

@@ -117,7 +117,7 @@ for place in "$folder" "${outputs[@]}"; do
   ((status == 0)) || break # A host is away, or there is no such container; srun will say so again.
 done
 
-say "$nodes host(s), ${SLURM_JOB_NODELIST-}: ${program[*]}"
+say "$nodes host(s), ${SLURM_JOB_NODELIST-}:$(printf ' %q' "${program[@]}")"
 label=()
 ((nodes == 1)) || label=(--label)
 # Hosts need not end together (encode), and where one crashes jax.distributed ends the others.

@@ -3,9 +3,9 @@
     python -m tests.launch.slurm_cluster --install          # Debian's packages; needs root
     python -m tests.launch.slurm_cluster -- COMMAND ...     # runs COMMAND on a fresh cluster
 
-The hosts are called 127.0.0.2 and 127.0.0.3, names that resolve everywhere. Nothing of a system's own
-Slurm is touched: configuration, keys, state and logs are in one folder, and no service is started
-by systemd.
+The hosts are called 127.0.0.2 and 127.0.0.3, names that resolve everywhere. Nothing of a system's
+own Slurm is touched: configuration, keys, state and logs are in one folder, and no service is
+started by systemd.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class SlurmCluster:
         text = CONFIGURATION.format(folder=self.folder, controller_port=ports[0])
         for host, port in zip(HOSTS, ports[1:], strict=True):
             text += f"NodeName={host} NodeAddr={host} NodeHostname=localhost Port={port} CPUs=2\n"
-        text += f"PartitionName=main Nodes={','.join(HOSTS)} Default=YES MaxTime=INFINITE State=UP\n"
+        text += (
+            f"PartitionName=main Nodes={','.join(HOSTS)} Default=YES MaxTime=INFINITE State=UP\n"
+        )
         (self.folder / "slurm.conf").write_text(text)
         try:
             self._start_all()
