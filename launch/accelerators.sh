@@ -52,6 +52,26 @@ tpu_slice() {
   [[ $name == - ]] || queued_type=$name-$((chips * unit))
 }
 
+# cubic_shape CHIPS: `cubic` is the slice AxBxC nearest to a cube that has so many chips: the one that a
+# queued resource of v5p is, whose type tells only how many.
+cubic_shape() {
+  local a b c shape_3d least=$(($1 + 3))
+  cubic=""
+  for shape_3d in $TPU_3D_SMALL; do
+    IFS=x read -r a b c <<<"$shape_3d"
+    ((a * b * c != $1)) || cubic=$shape_3d
+  done
+  [[ -z $cubic ]] || return 0
+  for ((a = 4; a * a * a <= $1; a += 4)); do
+    for ((b = a; a * b * b <= $1; b += 4)); do
+      c=$(($1 / (a * b)))
+      if ((a * b * c == $1 && c % 4 == 0 && a + b + c < least)); then
+        least=$((a + b + c)) cubic=${a}x${b}x$c
+      fi
+    done
+  done
+}
+
 gpu_name() {
   [[ " ${GPU_NAMES//$'\n'/ } " == *" $1 "* ]] ||
     die "unknown accelerator type '$1'. Known GPUs: ${GPU_NAMES//$'\n'/ }"

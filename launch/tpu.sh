@@ -105,6 +105,9 @@ prepare() {
   required topology "the slice, like --topology=v5e:16x16"
   tpu_slice "${option[topology]}"
   [[ -n $queued_type ]] || die "${option[topology]%%:*} is not to be had as a queued resource: use launch/gke.sh"
+  cubic_shape "$chips"
+  [[ ${option[topology]} != v5p:* || $shape == "$cubic" ]] ||
+    die "a queued resource of $chips chips of v5p comes as v5p:$cubic: use that, or launch/gke.sh"
   [[ -z ${option[spot]-} || -z ${option[reserved]-} ]] || die "give either --spot or --reserved"
   number max-restarts 3 0
   number poll 60 0
@@ -117,13 +120,14 @@ prepare() {
 }
 
 request() {
-  local file=${TMPDIR:-/tmp}/${option[job]}-startup.sh
+  local folder=${XDG_STATE_HOME:-$HOME/.local/state}/dydilit-jax file
+  file=$folder/${option[job]}-startup.sh
+  [[ $file != *,* ]] || die "$file holds a comma, which gcloud takes for its own: set XDG_STATE_HOME to another folder"
   local create=("${queued[@]}" create "${option[job]}" "${place[@]}")
-  if [[ ${option[topology]} == *x*x* ]]; then
-    create+=("--type=${option[topology]%%:*}" "--topology=$shape")
-  else
-    create+=("--accelerator-type=$queued_type")
-  fi
+  case ${option[topology]} in
+    v4:*) create+=(--type=v4 "--topology=$shape") ;; # the one generation of several shapes that gcloud takes
+    *) create+=("--accelerator-type=$queued_type") ;;
+  esac
   create+=("--runtime-version=${option[runtime]-$runtime}")
   if ((${#nodes[@]} == 1)); then
     create+=("--node-id=${nodes[0]}")
@@ -139,9 +143,9 @@ request() {
   done
   [[ -z ${option[valid-until]-} ]] || create+=("--valid-until-duration=${option[valid-until]}")
   create+=("--labels=dydilit-jax-launch=${option[job]}" "--metadata-from-file=startup-script=$file")
+  run mkdir -p "$folder"
   run_with_input "$startup_script" dd "of=$file" status=none
   run_aside "${create[@]}"
-  [[ -n ${option[dry-run]-} ]] || rm -f "$file"
 }
 
 start() {

@@ -21,5 +21,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Any user may run it (docker run --user), also one without a home.
 ENV MPLCONFIGDIR=/tmp/matplotlib
 
-ENTRYPOINT ["/usr/bin/tini", "-g", "--"]
+ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "-m", "dydilit_jax.train", "--help"]

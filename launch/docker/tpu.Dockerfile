@@ -18,5 +18,5 @@ ENV PYTHONPATH=/opt/dydilit_jax PYTHONUNBUFFERED=1
 # Any user may run it (docker run --user), also one without a home.
 ENV MPLCONFIGDIR=/tmp/matplotlib
 
-ENTRYPOINT ["/usr/bin/tini", "-g", "--"]
+ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "-m", "dydilit_jax.train", "--help"]
