@@ -21,9 +21,9 @@ stays on (a login host, a small VM, tmux); ending keep leaves the TPU as it is.
   --dry-run            print, as a shell script, all that would be run; needs no account
   --topology=v5e:16x16 slice, as for python -m dydilit_jax.compile;  --slices=N  how many (1)
   --spot               on Spot VMs;  --reserved  on a reservation; else on demand
-  --revision           code by git revision: HEAD, pushed, is cloned on each host (default)
-  --repository=URL     to clone from, readable without a key (remote origin, by https)
-  --image=IMAGE        instead: built from launch/docker/tpu.Dockerfile; has the code
+  --repository=URL     code goes by git revision: HEAD, which must be pushed, is cloned from here on each host, which
+                       has no key of yours (the remote origin, by https)
+  --image=IMAGE        instead of that: built from launch/docker/tpu.Dockerfile; has the code
   --nfs=SERVER:/EXPORT:/DIR  file system to mount (Filestore), repeatable;  --shared=/DIR  a folder all hosts have
   --runtime=VERSION    of the TPU VM;  --network=N --subnetwork=N --service-account=EMAIL  as for gcloud
   --internal-ips       hosts without addresses of their own on the internet
@@ -282,5 +282,5 @@ case $command in
     ;;
   *) die "unknown command '$command': start, keep, status, logs or delete; see launch/tpu.sh --help" ;;
 esac
-parse_options "$VALUED" "dry-run follow now spot reserved internal-ips revision" "$@"
+parse_options "$VALUED" "dry-run follow now spot reserved internal-ips" "$@"
 "$command"

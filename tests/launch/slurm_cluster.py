@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-PACKAGES = ("slurm-wlm", "munge")
+PACKAGES = ("slurm-wlm", "munge", "shellcheck")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "unshare")
 HOSTS = ("127.0.0.2", "127.0.0.3")
 CONFIGURATION = """\
@@ -59,12 +59,14 @@ JobCompType=jobcomp/none
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm and MUNGE that this machine does not have."""
+    """Programs that this machine lacks for a cluster."""
     return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
 
 
 def install() -> None:
-    """Installs Debian's packages."""
+    """Installs Debian's packages, if any is missing."""
+    if not missing_programs() and shutil.which("shellcheck"):
+        return
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "-qq", "update"], check=True, env=environment)
     # No service is to start: the packages' configuration is not ours.

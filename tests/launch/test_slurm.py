@@ -107,14 +107,18 @@ def logged(workdir: Path) -> list[tuple[int, float]]:
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, read without the trainer."""
+    import jax
     import orbax.checkpoint as ocp
 
-    path = workdir / "checkpoints" / str(step)
-    found = {}
+    handler, found = ocp.PyTreeCheckpointHandler(), {}
     for part in ("state", "ema"):
-        tree = ocp.StandardCheckpointer().restore(path / part)
-        flat = ocp.tree.to_flat_dict(tree, sep="/")
-        found |= {f"{part}/{name}": np.asarray(value) for name, value in flat.items()}
+        path = workdir / "checkpoints" / str(step) / part
+        # The devices that saved it are not here.
+        plain = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
+        )
+        tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
+        found |= {f"{part}/{k}": v for k, v in ocp.tree.to_flat_dict(tree, sep="/").items()}
     return found
 
 
