@@ -93,6 +93,8 @@ start() {
     [[ ! -s $folder/watcher ]] || break
     sleep 0.1
   done
+  [[ -s $folder/watcher ]] || die "the program did not start: see $folder/run.log"
+  note "log: $folder/run.log"
   cat "$folder/watcher"
 }
 

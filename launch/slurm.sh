@@ -157,6 +157,7 @@ start() {
   number=$("${submit[@]}")
   number=${number%%;*} # of a federation: JOB;CLUSTER
   printf '%s\t%s\t%s\n' "$number" "${option[job]}" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >>"$folder/jobs"
+  note "log: $folder/logs/$number${option[array]+_K}.out"
   echo "$number"
 }
 
@@ -167,35 +168,34 @@ queued_jobs() {
     awk '{ place = $4; for (i = 5; i <= NF; i++) place = place " " $i; print $1 "\t" $2 "\t" $3 "\t" place }'
 }
 
+# What a task has ended with says its own record; Slurm forgets it some minutes after the end.
 status() {
   job_name
-  local jobs number state restarts place code file known=" "
+  local jobs number state restarts place file job name
   jobs=$(queued_jobs)
-  while IFS=$'\t' read -r number state restarts place; do
-    [[ -n $number ]] || continue
-    known+="$number "
-    case $state in # Slurm forgets it some minutes after its end; our own record says what it ended with.
-      PENDING | RUNNING | SUSPENDED | COMPLETING | CONFIGURING | REQUEUED | STOPPED) ;;
-      *) [[ -z ${option[folder]-}${option[workdir]-} ]] || continue ;;
-    esac
-    printf '%s\t%s\t%s\t%s\n' "$number" "$state" "$restarts" "$place"
-  done <<<"$jobs"
-  [[ -n ${option[folder]-}${option[workdir]-} ]] || return 0
+  if [[ -z ${option[folder]-}${option[workdir]-} ]]; then
+    [[ -z $jobs ]] || echo "$jobs"
+    return
+  fi
   find_folder
   [[ -f $folder/jobs ]] || return 0
-  local job name
   while IFS=$'\t' read -r job name _; do
     [[ $name == "${option[job]}" ]] || continue
+    local -A restarts_of=()
+    while IFS=$'\t' read -r number state restarts place; do
+      [[ $number == "$job" || $number == "${job}_"* ]] || continue
+      restarts_of[$number]=$restarts
+      [[ -f $folder/exit/$number ]] || printf '%s\t%s\t%s\t%s\n' "$number" "$state" "$restarts" "$place"
+    done <<<"$jobs"
     for file in "$folder/exit/$job" "$folder/exit/$job"_*; do
-      [[ -f $file && $file != *.crashes && $file != *.new ]] || continue
+      [[ -f $file && ${file##*/} != *.* ]] || continue
       number=${file##*/}
-      code=$(<"$file")
-      case $code in
+      case $(<"$file") in
         0) state=FINISHED ;;
         75) state=STOPPED ;;
-        *) state="FAILED($code)" ;;
+        *) state="FAILED($(<"$file"))" ;;
       esac
-      grep -q "^$number"$'\t\\(RUNNING\\|PENDING\\)' <<<"$jobs" || printf '%s\t%s\t\t\n' "$number" "$state"
+      printf '%s\t%s\t%s\t\n' "$number" "$state" "${restarts_of[$number]-}"
     done
   done <"$folder/jobs"
 }
@@ -226,7 +226,7 @@ delete() {
     return
   fi
   while IFS=$'\t' read -r number state _; do
-    [[ -n $number && $number != "${number%_"${option[task]-}"}" || -z ${option[task]-} ]] || continue
+    [[ -z ${option[task]-} || $number == *_"${option[task]}" ]] || continue
     case $state in
       RUNNING | SUSPENDED | CONFIGURING | PENDING | REQUEUED) ;;
       *) continue ;;
