@@ -51,9 +51,10 @@ else
     retry git -C "$directory" fetch -q --depth=1 "$repository" "$revision"
     git -C "$directory" checkout -q --force FETCH_HEAD
     # The system's Python may be older than the oldest that is supported.
-    retry python3 -m pip install --quiet uv
-    retry python3 -m uv venv --quiet --python=3.12 "$base/venv"
-    retry python3 -m uv pip install --quiet --python="$base/venv/bin/python" \
+    python3 -m pip --version >/dev/null 2>&1 || retry apt-get install -qq --yes python3-pip
+    retry python3 -m pip install --quiet --target="$base/uv" uv
+    retry "$base/uv/bin/uv" venv --quiet --clear --python=3.12 "$base/venv"
+    retry "$base/uv/bin/uv" pip install --quiet --python="$base/venv/bin/python" \
       --requirement="$directory/requirements.txt" 'jax[tpu]'
     touch "$base/installed"
   fi

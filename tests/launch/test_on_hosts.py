@@ -33,6 +33,7 @@ def supervised(tmp_path, *program, restarts=2):
         ],
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -56,12 +57,14 @@ def test_what_is_started_again(tmp_path, statuses, expected, starts):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_once(tmp_path, number):
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "group"])
+def test_a_signal_is_passed_on_once(tmp_path, send, number):
+    """To the supervisor, or to its group, as a terminal sends Ctrl-C; and a second time."""
     process = supervised(tmp_path, "bash", "-c", SAVES, str(tmp_path))
     wait_for(lambda: (tmp_path / "log").exists(), 10, "a start")
-    process.send_signal(number)
+    send(process.pid, number)
     time.sleep(0.1)
-    process.send_signal(number)
+    send(process.pid, number)
     assert process.wait(20) == 75
     assert (tmp_path / "log").read_text() == "running\nasked\nsaved\n"
 
@@ -84,7 +87,11 @@ def test_a_tpu_host_starts_the_program_as_it_was_given(tmp_path, checkout):
     )
     fakes.script("mountpoint", "#!/bin/sh\nexit 1\n")
     fakes.script("mount.nfs", "#!/bin/sh\n")
-    fakes.script("python3", "#!/bin/sh\n")
+    # pip brings uv, which is another stand-in here.
+    install = (
+        'mkdir -p "$DYDILIT_BASE/uv/bin" && cp "$(command -v gcloud)" "$DYDILIT_BASE/uv/bin/uv"'
+    )
+    fakes.script("python3", f"#!/bin/bash\n{install}\n")
     fakes.script("python", f'#!/bin/bash\nprintf \'%s\\0\' "$PWD" "$@" >{tmp_path}/said\n')
     # systemd would run it in an environment of its own.
     fakes.script(
@@ -113,8 +120,15 @@ def test_a_tpu_host_starts_the_program_as_it_was_given(tmp_path, checkout):
     assert (base / "code" / "launch" / "tpu_vm.sh").is_file()
     assert (tmp_path / "out").read_text() == "0\n"
     assert (base / "status").read_text() == "0\n"
-    mounted = [call.argv for call in fakes.calls() if call.argv[0] in ("gcsfuse", "mount")]
-    assert mounted == [
+    calls = [call.argv for call in fakes.calls()]
+    assert [argv for argv in calls if argv[0] == "uv"] == [
+        ["uv", "venv", "--quiet", "--clear", "--python=3.12", f"{base}/venv"],
+        [
+            *("uv", "pip", "install", "--quiet", f"--python={base}/venv/bin/python"),
+            *(f"--requirement={base}/code/requirements.txt", "jax[tpu]"),
+        ],
+    ]
+    assert [argv for argv in calls if argv[0] in ("gcsfuse", "mount")] == [
         ["gcsfuse", "--implicit-dirs", "-o", "allow_other", "bucket", "/gcs/bucket"],
         ["mount", "-t", "nfs", "-o", "hard", "10.0.0.2:/share", "/nfs/data"],
     ]
