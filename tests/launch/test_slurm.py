@@ -110,7 +110,8 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    handler, found = ocp.PyTreeCheckpointHandler(), {}
+    handler = ocp.PyTreeCheckpointHandler()
+    found: dict[str, np.ndarray] = {}
     for part in ("state", "ema"):
         path = workdir / "checkpoints" / str(step) / part
         # The devices that saved it are not here.
