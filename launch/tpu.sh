@@ -178,12 +178,13 @@ remove() { run_aside "${queued[@]}" delete "${option[job]}" "${place[@]}" --forc
 # `end`: the status that the program has ended with for good; empty before. Hosts need not end together.
 find_end() {
   local node told
-  end=$(on_hosts "${nodes[0]}" 0 "$ASK" 2>/dev/null) || end=""
+  # gcloud may say something of its own before.
+  end=$(on_hosts "${nodes[0]}" 0 "$ASK" 2>/dev/null | tr -d '\r' | grep -xE '[0-9]+|running' | tail -n 1) || end=""
   [[ $end =~ ^[0-9]+$ && $end != 75 ]] || end=""
   [[ $end == 0 ]] || return 0
   for node in "${nodes[@]}"; do
     told=$(on_hosts "$node" all "$ASK" 2>/dev/null) || told=running
-    ! grep -qx running <<<"$told" || end=""
+    ! grep -qx $'running\r\\?' <<<"$told" || end=""
   done
 }
 

@@ -16,8 +16,9 @@ RUN pip install --no-cache-dir --requirement requirements.txt "jax[cuda13]>=0.10
 
 COPY . .
 ENV PYTHONPATH=/opt/dydilit_jax PYTHONUNBUFFERED=1
-# What NVIDIA's container toolkit gives to a container that does not come from its images.
+# What NVIDIA's own images say: what its container toolkit is to bring in, and where GKE mounts the driver.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ENV PATH=/usr/local/nvidia/bin:$PATH LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64
 # Any user may run it (docker run --user), also one without a home.
 ENV MPLCONFIGDIR=/tmp/matplotlib
 

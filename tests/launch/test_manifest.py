@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.launch.fakes import Fakes
-from tests.launch.test_places import ADDED, GKE, HOSTILE, TRAIN
+from tests.launch.test_places import ADDED, GKE, HOSTILE, ODD, TRAIN
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 trainer_models = pytest.importorskip("kubeflow_trainer_api.models")
@@ -84,7 +84,7 @@ def test_slices_of_several_hosts(manifests):
         *(*GKE, "--topology=v5e:16x16", "--slices=2", "--spot", "--queue=big", "--grace=25"),
         *("--service-account=trainer", "--volume=data-claim:/data it's", "--memory=100Gi"),
         *("--", *TRAIN, "--workdir=gs://bucket/runs/it's $1", "--data", "gs://other-bucket/a"),
-        *HOSTILE,
+        *ODD,
     )
     validate(jobset)
     job = job_of(jobset)
@@ -99,7 +99,7 @@ def test_slices_of_several_hosts(manifests):
     }
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     expected = [*TRAIN, "--workdir=/gcs/bucket/runs/it's $1", "--data", "/gcs/other-bucket/a"]
-    assert run_by(jobset, X="hurt") == [*expected, *HOSTILE, *ADDED]
+    assert run_by(jobset, X="hurt") == [*expected, *ODD, *ADDED]
     mounted = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounted.keys() == {"/dev/shm", "/gcs/bucket", "/gcs/other-bucket", "/data it's"}
     volumes = {volume.pop("name"): volume for volume in pod["volumes"]}

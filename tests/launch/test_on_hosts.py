@@ -12,7 +12,7 @@ import pytest
 
 from tests.launch.fakes import Fakes
 from tests.launch.slurm_cluster import wait_for
-from tests.launch.test_places import HOSTILE, TPU
+from tests.launch.test_places import ODD, TPU
 from tests.tiny import ROOT
 
 SUPERVISE = ROOT / "launch" / "supervise.sh"
@@ -98,7 +98,7 @@ def test_a_tpu_host_starts_the_program_as_it_was_given(tmp_path, checkout):
         "systemd-run",
         f'#!/bin/bash\nenv -i "${{@: -1}}" >{tmp_path}/log 2>&1; echo $? >{tmp_path}/out',
     )
-    program = ["python", "-m", "dydilit_jax.sample", "--workdir=gs://bucket/r 1", *HOSTILE]
+    program = ["python", "-m", "dydilit_jax.sample", "--workdir=gs://bucket/r 1", *ODD]
     status, output, errors = fakes.run(
         checkout.script("tpu"),
         *("start", "--dry-run", *TPU, "--topology=v5e:4x4", "--nfs=10.0.0.2:/share:/nfs/data"),
@@ -113,7 +113,7 @@ def test_a_tpu_host_starts_the_program_as_it_was_given(tmp_path, checkout):
     status, _, errors = fakes.run("bash", "-c", script)
     base = tmp_path / "base's $1"
     assert status == 0, errors + (base / "startup.log").read_text()
-    expected = ["-m", "dydilit_jax.sample", "--workdir=/gcs/bucket/r 1", *HOSTILE]
+    expected = ["-m", "dydilit_jax.sample", "--workdir=/gcs/bucket/r 1", *ODD]
     directory, *said = (tmp_path / "said").read_text().split("\0")[:-1]
     assert said == [*expected, "--distributed_timeout=1800"]
     assert directory == str(base / "code")
@@ -149,7 +149,7 @@ def test_a_tpu_host_runs_an_image(tmp_path, checkout):
     output = fakes.run(
         checkout.script("tpu"),
         *("start", "--dry-run", *TPU, "--topology=v6e:2x2", f"--image={image}", "--shared=/mnt"),
-        *("--", "bash", "-c", "true", "--workdir=gs://bucket/r", *HOSTILE),
+        *("--", "bash", "-c", "true", "--workdir=gs://bucket/r", *ODD),
     )[1]
     script = output.split("<<'END_OF_INPUT'\n")[1].split("\nEND_OF_INPUT")[0]
     assert fakes.run("bash", "-c", script)[0] == 0
@@ -158,7 +158,7 @@ def test_a_tpu_host_runs_an_image(tmp_path, checkout):
     assert calls[-1] == [
         *("docker", "run", "--rm", "--name", "dydilit", "--privileged", "--network", "host"),
         *("--ipc", "host", "--volume", "/gcs/bucket:/gcs/bucket", "--volume", "/mnt:/mnt", image),
-        *("bash", "-c", "true", "--workdir=/gcs/bucket/r", *HOSTILE),
+        *("bash", "-c", "true", "--workdir=/gcs/bucket/r", *ODD),
     ]
 
 
@@ -173,7 +173,7 @@ def test_slurm_runs_in_containers(tmp_path, container):
         SLURM_CPUS_PER_TASK="12",
     )
     folder, workdir, image = f"{tmp_path}/f", f"{tmp_path}/w $1", "docker://host/x:1"
-    program = ["python", "-m", "dydilit_jax.train", f"--workdir={workdir}", *HOSTILE]
+    program = ["python", "-m", "dydilit_jax.train", f"--workdir={workdir}", *ODD]
     status, output, errors = fakes.run(
         *(ROOT / "launch" / "slurm_job.sh", f"--folder={folder}", "--code=/opt/dydilit_jax"),
         *(f"--container={container}", f"--image={image}", "--mount=/data", "--", *program),
@@ -208,7 +208,7 @@ def test_one_host(tmp_path, checkout):
     folder.mkdir()
     script, where = checkout.script("host"), f"--folder={folder}"
     fakes = Fakes(tmp_path / "fakes")
-    program = ["program", "-c", SAVES + "\n# " + shlex.join(HOSTILE), str(folder)]
+    program = ["program", "-c", SAVES + "\n# " + shlex.join(ODD), str(folder)]
     start = (script, "start", where, f"--venv={venv}", "--gpus=0,1", "--", *program)
     status, watcher, errors = fakes.run(*start)
     assert status == 0, errors
@@ -231,7 +231,7 @@ def test_one_host_with_an_image(tmp_path, checkout):
     folder = tmp_path / "folder's $1"
     status, _, errors = fakes.run(
         *(checkout.script("host"), "start", f"--folder={folder}", "--image=host/x:1"),
-        *("--gpus=0,1", "--mount=/data", "--", "python", f"--workdir={tmp_path}/w", *HOSTILE),
+        *("--gpus=0,1", "--mount=/data", "--", "python", f"--workdir={tmp_path}/w", *ODD),
     )
     assert status == 0, errors
     wait_for(lambda: (folder / "status").exists(), 10, "an end")
@@ -246,5 +246,5 @@ def test_one_host_with_an_image(tmp_path, checkout):
             for each in places
             for word in ("--mount", f"type=bind,source={each},target={each}")
         ),
-        *("host/x:1", "python", f"--workdir={tmp_path}/w", *HOSTILE),
+        *("host/x:1", "python", f"--workdir={tmp_path}/w", *ODD),
     ]

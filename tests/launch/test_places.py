@@ -14,6 +14,7 @@ from tests.launch.fakes import Fakes
 from tests.tiny import ROOT
 
 HOSTILE = ["a b", "it's", '"', "$HOME", "$(touch hurt)", "`id`", "*", "\\", "", "ü;&|<>#", "$$(X)"]
+ODD = [*HOSTILE, "tab\there, two\nlines, bell\x07, next\u0085line", "ends\n"]
 TRAIN = ["python", "-m", "dydilit_jax.train", "--config=configs/digits.py", "--config.tag=it's $1"]
 ADDED = ["--stopped_status=75", "--distributed_timeout=1800"]
 TPU = ["--job=xl", "--project=p", "--zone=us-west4-a"]
@@ -62,7 +63,7 @@ def test_help_is_help(place, fakes):
 
 def test_slurm_hands_over_every_word(fakes, checkout, venv, tmp_path):
     workdir = tmp_path / "work dir's $1"
-    program = [*TRAIN, f"--workdir={workdir}", *HOSTILE]
+    program = [*TRAIN, f"--workdir={workdir}", *ODD]
     calls, output = both_ways(
         fakes,
         checkout.script("slurm"),
@@ -157,7 +158,7 @@ def test_tpu_asks_again_after_a_preemption_until_the_run_has_ended(fakes, checko
     absent = ("ERROR: NOT_FOUND: no such resource", 1)
     states = ["WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDED", "PROVISIONING", "ACTIVE", "ACTIVE"]
     fakes.answer(["queued-resources", "describe"], absent, *((state, 0) for state in states))
-    fakes.answer(["ssh", "--worker=0"], ("running\n", 0), ("0\n", 0))
+    fakes.answer(["ssh", "--worker=0"], ("Worker 0:\nrunning\n", 0), ("Worker 0:\n0\n", 0))
     fakes.answer(["ssh", "--worker=all"], ("0\nrunning\n", 0), ("0\n0\n", 0))
     status, _, errors = fakes.run(
         checkout.script("tpu"),
@@ -222,7 +223,7 @@ def test_tpu_status_logs_and_delete(fakes, checkout):
 
 
 def test_gke_creates_what_it_shows(fakes, checkout):
-    arguments = [*GKE, "--topology=v6e:8x8", "--", *TRAIN, "--workdir=gs://bucket/r", *HOSTILE]
+    arguments = [*GKE, "--topology=v6e:8x8", "--", *TRAIN, "--workdir=gs://bucket/r", *ODD]
     calls, output = both_ways(fakes, checkout.script("gke"), "start", *arguments)
     assert output == "xl\n"
     context = ["kubectl", "--context=gke_p_us-east5_c", "--namespace=default"]
