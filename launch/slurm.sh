@@ -163,8 +163,13 @@ start() {
 
 # Jobs and tasks of this name that Slurm has in its queue: number, state, restarts, hosts or reason.
 queued_jobs() {
-  squeue --me --name="${option[job]}" --array --noheader --states=all \
-    --Format='JobArrayID:.64,State:.32,RestartCnt:.16,ReasonList:.512' |
+  local ask=(squeue --me "--name=${option[job]}" --array --noheader --states=all
+    '--Format=JobArrayID:.64,State:.32,RestartCnt:.16,ReasonList:.512')
+  if [[ -n ${option[dry-run]-} ]]; then
+    run "${ask[@]}"
+    return
+  fi
+  "${ask[@]}" |
     awk '{ place = $4; for (i = 5; i <= NF; i++) place = place " " $i; print $1 "\t" $2 "\t" $3 "\t" place }'
 }
 
@@ -173,7 +178,7 @@ status() {
   job_name
   local jobs number state restarts place file job name
   jobs=$(queued_jobs)
-  if [[ -z ${option[folder]-}${option[workdir]-} ]]; then
+  if [[ -z ${option[folder]-}${option[workdir]-} || -n ${option[dry-run]-} ]]; then
     [[ -z $jobs ]] || echo "$jobs"
     return
   fi
@@ -220,7 +225,8 @@ delete() {
   job_name
   local number state found="" name=${option[job]}
   if [[ -n ${option[dry-run]-} ]]; then
-    note "for each job of this name that runs; one that waits is taken from the queue:"
+    run scancel "--name=${option[job]}" --me --state=PENDING
+    echo "# and for each JOB of this name that runs:"
     run scontrol update "JobId=JOB" Requeue=0
     run scancel --signal=TERM "JOB"
     return

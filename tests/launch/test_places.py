@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -59,6 +60,23 @@ def test_help_is_help(place, fakes):
     assert (status, errors) == (0, "")
     for word in ("start", "status", "logs", "delete", "--dry-run"):
         assert word in output
+
+
+@pytest.mark.parametrize("command", ["status", "delete"])
+@pytest.mark.parametrize(
+    ("place", "arguments", "tool"),
+    [
+        ("slurm", ["--job=xl"], "squeue|scancel"),
+        ("tpu", TPU, "gcloud"),
+        ("gke", [each for each in GKE if "image" not in each], "kubectl"),
+    ],
+)
+def test_a_dry_run_calls_nothing(fakes, checkout, place, command, arguments, tool):
+    for name in ("squeue", "scancel", "scontrol"):
+        fakes.script(name, "#!/bin/sh\nexit 9\n")
+    status, output, errors = fakes.run(checkout.script(place), command, "--dry-run", *arguments)
+    assert (status, errors, fakes.calls()) == (0, "", [])
+    assert re.search(f"^({tool}) ", output, re.MULTILINE)
 
 
 def test_slurm_hands_over_every_word(fakes, checkout, venv, tmp_path):
