@@ -153,25 +153,29 @@ class SlurmCluster:
     def kill_host(self, host: str) -> None:
         """Ends a host as a power failure would: its daemon and all that runs on it."""
         self._kill(f"slurmd.{host}.pid")
-        for process in Path("/proc").iterdir():
-            if not process.name.isdigit():
-                continue
-            try:
-                environment = (process / "environ").read_bytes().split(b"\0")
-                daemon = (process / "cmdline").read_bytes()
-            except OSError:
-                continue
-            ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
-            step = daemon.startswith(b"slurmstepd") and f"{host}".encode() in daemon
-            if ours and (f"SLURMD_NODENAME={host}".encode() in environment or step):
-                _signal(int(process.name), signal.SIGKILL)
+        self._kill_all(lambda _, variables: f"SLURMD_NODENAME={host}".encode() in variables)
 
     def stop(self) -> None:
         """Ends everything."""
         for host in HOSTS:
             self.kill_host(host)
+        self._kill_all(lambda name, _: name.startswith(b"slurmstepd"))
         self._kill("slurmctld.pid")
         self._kill("munged.pid")
+
+    def _kill_all(self, chosen: Callable[[bytes, list[bytes]], bool]) -> None:
+        """Ends this cluster's processes that a command line and environment tell."""
+        configuration = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        for process in Path("/proc").iterdir():
+            if not process.name.isdigit():
+                continue
+            try:
+                variables = (process / "environ").read_bytes().split(b"\0")
+                name = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if configuration in variables and chosen(name, variables):
+                _signal(int(process.name), signal.SIGKILL)
 
     def _start_all(self) -> None:
         at = self.folder
