@@ -5,12 +5,13 @@ TPU_VENV ?= .venv-tpu
 WORKDIR ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-tpu-compile lint format bench chaos clean
+.PHONY: help demo test test-tpu-compile test-launch lint format bench chaos clean
 
 help:
 	@echo "make demo    train DyDi-LiT on handwritten digits, sample and score it (CPU, minutes)"
 	@echo "make test    install what tests need and run them all"
 	@echo "make test-tpu-compile  compile the kernels and the train step for TPUs that are not there"
+	@echo "make test-launch  the launch scripts, on a Slurm that runs here (Debian, as root: installs it)"
 	@echo "make lint    ruff (format and lint) and mypy"
 	@echo "make format  let ruff format the code"
 	@echo "make bench   the benchmarks that README's figures come from"
@@ -37,10 +38,17 @@ demo: $(VENV)/.installed
 	@$(BIN)/python -m dydilit_jax.train --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/launch/test_slurm.py
 
 test-tpu-compile: $(TPU_VENV)/.installed-tpu
 	JAX_PLATFORMS=cpu $(TPU_VENV)/bin/python -m pytest -n 2 tests/tpu_compile
+
+# Installs what it needs where it may: Debian's packages, by root.
+test-launch: $(VENV)/.installed-dev
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  $(BIN)/python -m tests.launch.slurm_cluster --install; \
+	fi
+	$(BIN)/python -m pytest tests/launch/test_slurm.py tests/launch/test_lint.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

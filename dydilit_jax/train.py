@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -23,6 +24,14 @@ _DRY_RUN = flags.DEFINE_bool(
 _COMPILE = flags.DEFINE_bool(
     "compile", False, "With --dry_run, compile the step for the compiler's own account of memory."
 )
+_STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status",
+    0,
+    "Exit status of a run that was asked to stop before its last step, by which a launcher knows "
+    "that it has to go on.",
+    lower_bound=0,
+    upper_bound=255,
+)
 
 
 def main() -> None:
@@ -38,7 +47,9 @@ def main() -> None:
     workdir = cli.required(_WORKDIR.value, "workdir")
     from dydilit_jax.training.loop import train
 
-    train(config, Path(workdir))
+    state = train(config, Path(workdir))
+    if int(state.step) < config.train.steps:
+        sys.exit(_STOPPED_STATUS.value)
 
 
 def dry_run(config: Config) -> None:

@@ -302,6 +302,7 @@ def finished(terminated):
     workdir, cache, *_ = terminated
     step = max(int(entry.name) for entry in (workdir / "checkpoints").iterdir())
     arguments = [TRAIN, *SMALL, f"--workdir={workdir}", f"--config.train.steps={step + 2}"]
+    arguments.append("--stopped_status=75")  # Which it is not.
     with start(*arguments, **cache) as process:
         output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors

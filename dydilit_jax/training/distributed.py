@@ -92,7 +92,7 @@ def from_slurm(environment: Mapping[str, str]) -> Cluster | None:
         f"{host}:{_hash_port(int(job))}",
         int(tasks),
         int(process),
-        _one_gpu(environment, "SLURM_LOCALID"),
+        _one_gpu(environment, "SLURM_LOCALID", environment.get("SLURM_STEP_NUM_NODES") == tasks),
     )
 
 
@@ -110,14 +110,21 @@ def from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
         f"{host}:{_hash_port(int(match.group(1)) // 4096)}",
         int(environment["OMPI_COMM_WORLD_SIZE"]),
         int(environment["OMPI_COMM_WORLD_RANK"]),
-        _one_gpu(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        _one_gpu(
+            environment,
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1",
+        ),
     )
 
 
-def _one_gpu(environment: Mapping[str, str], rank: str) -> tuple[int, ...] | None:
-    """The local rank as the process's only GPU, unless the launcher cut the devices itself."""
+def _one_gpu(environment: Mapping[str, str], rank: str, alone: bool) -> tuple[int, ...] | None:
+    """The local rank as the process's only GPU.
+
+    None, for all it sees, if it is alone on its host or the launcher cut the devices itself.
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if rank not in environment or (visible and "," not in visible):
+    if alone or rank not in environment or (visible and "," not in visible):
         return None
     return (int(environment[rank]),)
 

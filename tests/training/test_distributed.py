@@ -225,6 +225,10 @@ def test_slurm_tells_its_cluster(nodes, host):
     # A step that gives each task its own GPU has nothing left to choose.
     cut = {**environment, "CUDA_VISIBLE_DEVICES": "3"}
     assert distributed.detect(cut) == dataclasses.replace(expected, local_device_ids=None)
+    # One task on each host has all its GPUs.
+    alone = {**environment, "SLURM_STEP_NUM_NODES": "16", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert distributed.detect(alone) == dataclasses.replace(expected, local_device_ids=None)
+    assert distributed.detect({**alone, "SLURM_STEP_NUM_NODES": "2"}) == expected
     # A job with one task is no cluster, nor is a batch script outside of a step.
     assert distributed.detect({**environment, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert distributed.from_slurm({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}) is None
@@ -250,6 +254,8 @@ def test_open_mpi_tells_its_cluster(uri, host):
     }
     port = 61440 + 1531576320 // 4096 % 4096
     assert distributed.detect(environment) == Cluster(f"{host}:{port}", 8, 3, (3,))
+    alone = {**environment, "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    assert distributed.detect(alone) == Cluster(f"{host}:{port}", 8, 3, None)
 
 
 def test_a_tpu_pod_tells_its_cluster():
