@@ -1,4 +1,4 @@
-"""A page about a sweep's runs, and a table: one HTML file that needs nothing else, and a CSV file."""
+"""A page about a sweep's runs, one HTML file that needs nothing else, and a table (CSV)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from dydilit_jax.training.checkpoint import CONFIG_FILE, load_config
 
 PAGE = Path(__file__).parent / "page"
 MOST_POINTS = 500  # of a curve; more are thinned out evenly
-HIDDEN = ("time/", "throughput/", "usage/")  # metrics without a curve: of the machine, or no numbers
+HIDDEN = (
+    "time/",
+    "throughput/",
+    "usage/",
+)  # metrics without a curve: of the machine, or no numbers
 SEED = "seed"
 
 

@@ -1,4 +1,4 @@
-"""A sweep of four fake runs, two at a time, to be killed: python -m tests.sweep.killed_sweep DIR."""
+"""A sweep of four fake runs, two at a time: python -m tests.sweep.killed_sweep WORKDIR."""
 
 import sys
 import threading
@@ -35,9 +35,7 @@ def main(workdir: Path) -> int:
     backend.interval = 0.1
     lock = WorkdirLock(workdir)
     score = Score("loss")
-    sweep = Sweep(
-        workdir, Listed(runs), backend, score, Table(score, sys.stdout), max_parallel=2
-    )
+    sweep = Sweep(workdir, Listed(runs), backend, score, Table(score, sys.stdout), max_parallel=2)
     code = sweep.run(threading.Event())
     lock.release()
     return code

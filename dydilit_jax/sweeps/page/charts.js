@@ -31,9 +31,12 @@ function scale(values, from, to, logarithmic) {
   }
   let low = Math.min(...values);
   let high = Math.max(...values);
+  const few = [...new Set(values)].sort((one, other) => one - other);
   if (low === high) [low, high] = logarithmic ? [low / 2, high * 2] : [low - 0.5, high + 0.5];
   const way = logarithmic && low > 0 ? Math.log : (value) => value;
   const place = (value) => from + ((way(value) - way(low)) / (way(high) - way(low))) * (to - from);
+  // A few settings, such as seeds, are marked as they are.
+  if (few.length === 1 || (few.length < 7 && few.every(Number.isInteger))) return { place, marks: few };
   return { place, marks: way === Math.log ? logTicks(low, high) : ticks(low, high, 6) };
 }
 
@@ -152,9 +155,9 @@ function known(value) {
   return typeof value === "number" ? value : String(value);
 }
 
-function scatterChart() {
+function scatterChart(chosen) {
   const { controls, place, readout } = chart(document.getElementById("fields"));
-  const select = picker(controls, "Field", data.fields, data.fields.find((f) => f !== "seed") || data.fields[0], draw);
+  const select = picker(controls, "Field", data.fields, chosen, draw);
 
   function draw() {
     const field = select.value;
@@ -226,10 +229,10 @@ function parallelChart() {
       });
       svg.append(path);
     });
-    lines.forEach((line, i) => {
+    lines.forEach((line) => {
       svg.append(
         drawing("line", { class: "axis", x1: line.x, x2: line.x, y1: top - 8, y2: bottom + 6 }),
-        drawing("text", { x: line.x, y: 18 + 0 * i, "text-anchor": "middle" }, line.title));
+        drawing("text", { x: line.x, y: 18, "text-anchor": "middle" }, line.title));
       for (const mark of line.scale.marks) {
         svg.append(drawing("text", { x: line.x + 6, y: line.scale.place(mark) + 4 }, format(mark)));
       }
@@ -261,7 +264,8 @@ if (data.metrics.length) curveChart(data.metrics[0]);
 else document.getElementById("curves-section").hidden = true;
 if (data.metrics.includes(data.score.name) && data.score.name !== data.metrics[0]) curveChart(data.score.name);
 if (data.fields.length) {
-  scatterChart();
+  const fields = [...data.fields].sort((one, other) => (one === "seed") - (other === "seed"));
+  for (const field of fields.slice(0, 2)) scatterChart(field);
   parallelChart();
 } else {
   document.getElementById("fields-section").hidden = true;

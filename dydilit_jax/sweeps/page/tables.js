@@ -78,12 +78,12 @@ function swatch(run) {
 const columns = [
   { title: "run", value: (run) => run.name },
   { title: "state", value: (run) => run.state },
+  { title: `best ${data.score.name}`, value: (run) => run.score },
+  { title: "loss", value: (run) => run.loss },
+  { title: "step", value: (run) => run.step, text: (run) => `${run.step}/${run.total}` },
   ...data.fields.map((field) => ({
     title: short(field), hint: field, value: (run) => run.fields[field],
   })),
-  { title: "step", value: (run) => run.step, text: (run) => `${run.step}/${run.total}` },
-  { title: "loss", value: (run) => run.loss },
-  { title: `best ${data.score.name}`, value: (run) => run.score },
 ];
 
 function compare(one, other) {
@@ -142,10 +142,8 @@ function runTable() {
       if (index === 0 && run.tags.length) {
         cell.append(" ", ...run.tags.map((tag) => element("span", { class: "tag" }, tag)));
       }
-      if (index === 1) {
-        cell.className = `state-${run.state}`;
-        if (run.error) cell.append(element("span", { class: "error" }, run.error));
-      }
+      if (index === 0 && run.error) cell.append(element("span", { class: "error" }, run.error));
+      if (index === 1) cell.className = `state-${run.state}`;
       line.append(cell);
     });
     return line;
