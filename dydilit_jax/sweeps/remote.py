@@ -229,7 +229,9 @@ def parse_state(text: str) -> State | Ended:
     if text == "STOPPED":
         return Ended(STOPPED_STATUS)
     code = re.search(r"\((-?\d+)\)", text)
-    return Ended(int(code.group(1)) if code else None)
+    if text.startswith("FAILED"):
+        return Ended(int(code.group(1)) if code else 1)
+    return Ended(None)
 
 
 def job_prefix(workdir: Path) -> str:
