@@ -7,9 +7,10 @@ trial is the run of its number, `trial_0007`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from dydilit_jax.sweeps.runs import Run, SweepFile, add_run
 JOURNAL = "search.journal"
 STUDY = "search"
 SAME_AS = "same_as"
-DUPLICATES = 100  # draws in a row that were all there before, after which the space is used up
+DUPLICATES = 30  # draws in a row that were all there before, after which the space is used up
+
+Key = tuple[tuple[str, Any], ...]
 
 
 class _SweepsLock:
@@ -78,6 +81,7 @@ class Searched:
         self._distributions = {
             field: self._distribution(options) for field, options in search.space.items()
         }
+        self._used_up = False
         self._runs: dict[str, Run] = {}
         for trial in self._trials():
             if trial.params.keys() != search.space.keys():
@@ -96,7 +100,9 @@ class Searched:
         """Draws further runs."""
         drawn: list[Run] = []
         duplicates = 0
-        while len(self._runs) < self._search.trials and (room is None or len(drawn) < room):
+        while not self._used_up and len(self._runs) < self._search.trials:
+            if room is not None and len(drawn) >= room:
+                break
             before = {_key(trial.params): trial for trial in self._trials()}
             # A sampler that starts again with the seed it had would draw the same again.
             self._study.sampler = self._sampler(self._search.seed + len(before) + duplicates)
@@ -105,8 +111,7 @@ class Searched:
             if same is not None:
                 self._skip(trial, same)
                 duplicates += 1
-                if duplicates >= DUPLICATES:
-                    break
+                self._used_up = not self._enqueue_new(before) or duplicates >= DUPLICATES
                 continue
             duplicates = 0
             run = self._run(trial)
@@ -149,6 +154,21 @@ class Searched:
         else:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
 
+    def _enqueue_new(self, before: Container[Key]) -> bool:
+        """Lets the next draw be one that was not there, if the space is lists; False if all were.
+
+        A model that likes one corner of a small space draws from that alone.
+        """
+        space = self._search.space
+        if any(isinstance(options, Uniform) for options in space.values()):
+            return True
+        for values in itertools.product(*space.values()):
+            parameters = dict(zip(space, values, strict=True))
+            if _key(parameters) not in before:
+                self._study.enqueue_trial(parameters)
+                return True
+        return False
+
     def _run(self, trial: Any) -> Run:
         fields = {**self._search.fields, **trial.params}
         part = Part(fields=fields, tags=self._search.tags)
@@ -183,5 +203,5 @@ def _name(trial: int) -> str:
     return f"trial_{trial:04d}"
 
 
-def _key(parameters: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _key(parameters: dict[str, Any]) -> Key:
     return tuple(sorted(parameters.items()))

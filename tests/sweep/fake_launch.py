@@ -2,8 +2,9 @@
 
     python fake_launch.py FOLDER slurm|gke COMMAND --job=NAME ...
 
-FOLDER/calls.jsonl gets a line for each call, FOLDER/NAME.commands the array's lines. FOLDER/NAME.states
-has a state for each task, which a test rewrites; FOLDER/refusal a line to refuse a start with.
+FOLDER/calls.jsonl gets a line for each call, FOLDER/NAME.commands the array's lines, and
+FOLDER/NAME.states a state for each task, which a test rewrites. FOLDER/refusal is what to refuse a
+start with; if FOLDER/kill_sweep is there, a start kills who asked for it.
 """
 
 import json
