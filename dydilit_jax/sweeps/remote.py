@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PosixPath
+from typing import Any
 
 from dydilit_jax.errors import UserError
 from dydilit_jax.sweeps.local import STOPPED_STATUS, Ended
@@ -72,13 +73,13 @@ class Scheduler:
     ):
         script, program = PLACES[place]
         self._script = ROOT / "launch" / script
-        if not self._script.is_file():
-            raise UserError(f"--on={place} needs {self._script}: run it from a checkout")
         if shutil.which(program) is None:
             raise UserError(
                 f"--on={place} needs {program}, which is not on PATH: start the sweep on a host "
                 "that has it, or use --on=local"
             )
+        if not self._script.is_file():
+            raise UserError(f"--on={place} needs {self._script}: run it from a checkout")
         self._options = list(options)
         if place == "slurm":
             self._options.append(f"--folder={workdir / LAUNCH_FOLDER}")
@@ -179,7 +180,7 @@ class Scheduler:
                     states[name] = parse_state(rest.partition("\t")[0])
         return states
 
-    def _submissions(self) -> list[dict[str, list[str] | str]]:
+    def _submissions(self) -> list[dict[str, Any]]:
         record = read_json(self._path)
         return [] if record is None else list(record["submissions"])
 

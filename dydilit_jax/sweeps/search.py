@@ -160,9 +160,10 @@ class Searched:
         A model that likes one corner of a small space draws from that alone.
         """
         space = self._search.space
-        if any(isinstance(options, Uniform) for options in space.values()):
+        lists = [each for each in space.values() if not isinstance(each, Uniform)]
+        if len(lists) < len(space):
             return True
-        for values in itertools.product(*space.values()):
+        for values in itertools.product(*lists):
             parameters = dict(zip(space, values, strict=True))
             if _key(parameters) not in before:
                 self._study.enqueue_trial(parameters)

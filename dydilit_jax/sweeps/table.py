@@ -86,6 +86,11 @@ class Table:
         if self._live:
             self._erase()
         lines = [*rows(statuses, self._score), summary(statuses)]
+        scored = {each.name: each.score for each in statuses if each.score is not None}
+        best = self._score.best(scored.values())
+        if best is not None:
+            names = [name for name, score in scored.items() if score == best]
+            lines.append(f"best {self._score.name}: {best:.4g} of {', '.join(names)}")
         print("\n".join(lines), file=self._file, flush=True)
 
     def _draw(self, statuses: Sequence[Status]) -> None:

@@ -34,7 +34,6 @@ def config_file(folder, text):
         ("SWEEP = seed(2)", [], "the config file fails: NameError"),
         ("SWEEP = seeds(2)", ["--config.seed=1"], "have the same config"),
         ("SWEEP = seeds(2)", ["--on=slrum"], "did you mean 'slurm'"),
-        ("SWEEP = seeds(2)", ["--on=slurm"], "sbatch"),
         ("SWEEP = seeds(2)", ["--on=slurm", "--devices=0"], "--devices is for --on=local"),
         ("SWEEP = seeds(2)", ["--on=gke", "--max_parallel=2"], "not for --on=gke"),
         ("SWEEP = seeds(2)", ["--launch=--nodes=2"], "this is --on=local"),

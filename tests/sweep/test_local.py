@@ -69,9 +69,12 @@ def test_each_living_run_has_a_device_of_its_own(sweep_of, tmp_path):
 def test_a_sweep_that_is_asked_to_stop_lets_its_runs_save(sweep_of, tmp_path):
     stop = threading.Event()
     path = tmp_path / "long" / "metrics.jsonl"
-    asking = threading.Thread(
-        target=lambda: (wait_for(lambda: path.exists() and path.stat().st_size), stop.set())
-    )
+
+    def ask():
+        wait_for(lambda: path.exists() and path.stat().st_size)
+        stop.set()
+
+    asking = threading.Thread(target=ask)
     asking.start()
     options = {"long": ["--seconds=0.05", "--steps=1000"], "next": []}
     code, statuses, _ = sweep_of(options, stop=stop, steps=1000)

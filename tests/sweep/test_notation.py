@@ -90,7 +90,10 @@ def test_get_sweep_adds_runs_one_by_one_or_many_at_once():
         (lambda: product(seeds(2), seeds(3)), "two parts of a sweep set seed"),
         (lambda: zipped(seeds(2), values(RATE, [1.0])), "parts of one length, got 2, 1 runs"),
         (lambda: fixed({}, tags="word"), r"write \['word'\]"),
-        (lambda: fixed(["seed"]), "mapping of fields to values, got"),
+        (
+            lambda: fixed(["seed"]),  # type: ignore[arg-type]
+            "mapping of fields to values, got",
+        ),
         (lambda: product(fixed(argument="a"), fixed(argument="b")), "'a' and 'b'"),
         (lambda: search({}, trials=1), "space is empty"),
         (lambda: search({RATE: uniform(0, 1)}, trials=0), "at least one trial"),
@@ -167,6 +170,7 @@ def test_a_workdir_belongs_to_one_sweep_which_may_grow(tmp_path):
     longer = dataclasses.replace(large, given={"train.steps": 7})
     open_sweep(tmp_path, longer, longer.runs(), score)
     record = read_sweep(tmp_path)
+    assert record is not None
     assert list(record["runs"]) == ["seed=0", "seed=1", "seed=2"]
     assert record["runs"]["seed=2"]["config"]["train"]["steps"] == 7
     other = dataclasses.replace(large, given={RATE: 0.5})

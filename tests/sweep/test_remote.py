@@ -180,7 +180,8 @@ def test_killed_while_it_submits_a_sweep_submits_nothing_twice(cluster):
 def test_a_task_that_vanished_and_a_scheduler_that_does_not_answer(cluster, capsys):
     backend = scheduler(cluster)
     sweep = make_sweep(cluster, backend)
-    poll, looks = backend.poll, []
+    poll = backend.poll
+    looks: list[None] = []
 
     def look():
         looks.append(None)

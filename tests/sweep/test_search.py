@@ -61,6 +61,8 @@ def test_every_run_is_a_trial_with_its_scores_and_a_search_goes_on(tmp_path):
     _, code = run(tmp_path, plan_of(tmp_path, space, trials=5, fields=fixed, prune=False))
     assert code == 0
     found = trials(tmp_path)
+    recorded = read_sweep(tmp_path)
+    assert recorded is not None
     assert [trial.state.name for trial in found] == ["COMPLETE"] * 5
     rates = [trial.params[RATE] for trial in found]
     assert len(set(rates)) == 5  # The second start did not draw again what the first had.
@@ -68,7 +70,7 @@ def test_every_run_is_a_trial_with_its_scores_and_a_search_goes_on(tmp_path):
         rate = trial.params[RATE]
         assert trial.value == pytest.approx(rate / 4)
         assert trial.intermediate_values == pytest.approx({n: rate / n for n in (1, 2, 3, 4)})
-        record = read_sweep(tmp_path)["runs"][f"trial_{trial.number:04d}"]
+        record = recorded["runs"][f"trial_{trial.number:04d}"]
         assert record["config"]["optimizer"]["learning_rate"] == rate
         assert record["config"]["train"]["steps"] == 4
         assert starts(tmp_path / f"trial_{trial.number:04d}") == [0]

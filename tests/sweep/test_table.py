@@ -46,6 +46,8 @@ def test_a_terminals_table_is_drawn_over_itself_and_a_file_gets_changes(monkeypa
         "a: running at step 250/1000",
         "b: failed at step 10/1000: error: no",
     ]
+    live.close(STATUSES)
+    assert terminal.getvalue().splitlines()[-1] == "best quality: 0.25 of a"
 
 
 def test_where_not_all_have_room_the_living_and_the_failed_come_first(monkeypatch):
