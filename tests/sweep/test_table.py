@@ -69,10 +69,12 @@ def test_metrics_are_read_on_and_anew_where_a_run_replaced_them(tmp_path):
     with path.open("a") as file:
         file.write('ss": 2.0}\nnonsense\n{"step": 3, "loss": null}\n')
     assert [each["step"] for each in metrics.refresh()] == [1, 2, 3]
-    shorter = tmp_path / "new"
-    shorter.write_text('{"step": 1, "loss": 3.5}\n')
-    shorter.replace(path)
-    assert metrics.refresh() == [{"step": 1, "loss": 3.5}]
+    for name in ("", "x" * 200):  # Shorter than what was read, or longer.
+        record = {"step": 1, "loss": 3.5, "name": name}
+        replacement = tmp_path / "new"
+        replacement.write_text(json.dumps(record) + "\n")
+        replacement.replace(path)
+        assert metrics.refresh() == [record]
 
 
 def test_a_run_is_complete_with_its_last_checkpoint_and_its_scores(tmp_path):

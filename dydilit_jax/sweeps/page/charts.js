@@ -260,9 +260,9 @@ function sampleGrids() {
 describe();
 runTable();
 seedTable();
-if (data.metrics.length) curveChart(data.metrics[0]);
-else document.getElementById("curves-section").hidden = true;
-if (data.metrics.includes(data.score.name) && data.score.name !== data.metrics[0]) curveChart(data.score.name);
+// The loss and the score, which come first.
+for (const metric of data.metrics.slice(0, 2)) curveChart(metric);
+document.getElementById("curves-section").hidden = !data.metrics.length;
 if (data.fields.length) {
   const fields = [...data.fields].sort((one, other) => (one === "seed") - (other === "seed"));
   for (const field of fields.slice(0, 2)) scatterChart(field);
