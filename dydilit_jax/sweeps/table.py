@@ -1,8 +1,9 @@
-"""The table of all runs: drawn over itself on a terminal, a line for each change elsewhere."""
+"""The table of all runs: drawn over itself on a terminal; elsewhere a line for each change."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TextIO
@@ -13,6 +14,7 @@ from dydilit_jax.training.progress import duration
 
 _FIRST = {State.RUNNING: 0, State.FAILED: 1, State.QUEUED: 2, State.WAITING: 3}
 MOST_NAME = 40
+TOLD_EVERY = 600.0  # seconds after which a file gets the whole table again
 
 
 def rows(statuses: Sequence[Status], score: Score) -> list[str]:
@@ -68,6 +70,7 @@ class Table:
         self._live = file.isatty() if live is None else live
         self._drawn = 0
         self._told: dict[str, tuple[State, str]] = {}
+        self._told_at = time.monotonic()
 
     def show(self, statuses: Sequence[Status]) -> None:
         """Shows the runs as they stand now."""
@@ -80,6 +83,10 @@ class Table:
                 error = f": {each.error}" if each.error else ""
                 print(f"{each.name}: {each.state}{at}{error}", file=self._file, flush=True)
             self._told[each.name] = (each.state, each.error)
+        if time.monotonic() > self._told_at + TOLD_EVERY:
+            self._told_at = time.monotonic()
+            lines = [*rows(statuses, self._score), summary(statuses)]
+            print("\n".join(lines), file=self._file, flush=True)
 
     def close(self, statuses: Sequence[Status]) -> None:
         """Shows them for the last time, all of them."""

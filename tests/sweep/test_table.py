@@ -9,7 +9,7 @@ import pytest
 from dydilit_jax.sweeps import table as table_module
 from dydilit_jax.sweeps.notation import Score
 from dydilit_jax.sweeps.observe import Metrics, Observer, State, Status, last_word
-from dydilit_jax.sweeps.table import Table, rows
+from dydilit_jax.sweeps.table import Table, rows, summary
 from tests.sweep.fakes import finished_run
 from tests.tiny import plain_config
 
@@ -42,10 +42,13 @@ def test_a_terminals_table_is_drawn_over_itself_and_a_file_gets_changes(monkeypa
     drawn = terminal.getvalue().split("\x1b[J")
     assert len(drawn) == 2
     assert all(len(line) < 60 for line in drawn[1].splitlines())
-    assert file.getvalue().splitlines() == [
+    assert file.getvalue().splitlines()[:2] == [
         "a: running at step 250/1000",
         "b: failed at step 10/1000: error: no",
     ]
+    monkeypatch.setattr(table_module, "TOLD_EVERY", 0.0)
+    told.show(STATUSES)
+    assert file.getvalue().splitlines()[2:] == [*rows(STATUSES, SCORE), summary(STATUSES)]
     live.close(STATUSES)
     assert terminal.getvalue().splitlines()[-1] == "best quality: 0.25 of a"
 
