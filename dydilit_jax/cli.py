@@ -112,23 +112,27 @@ def _check_config_file(argv: list[str]) -> None:
 
 
 def _unknown_field(argv: list[str]) -> UserError | None:
-    """Names the first override that no field has, and the field or section nearest to it."""
+    """The error of the first override that no field has."""
+    for argument in argv:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if match and (unknown := unknown_field(match.group(1))):
+            return unknown
+    return None
+
+
+def unknown_field(name: str) -> UserError | None:
+    """An error that names the field or section nearest to `name`; None if it is one of them."""
     known = set(flatten(dataclasses.asdict(Config())))
     sections = {""}
     for field in known:
         while field := _parent(field):
             sections.add(field)
-    for argument in argv:
-        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-        if match and match.group(1) not in known | sections:
-            name = match.group(1)
-            while _parent(name) not in sections:
-                name = _parent(name)
-            siblings = [
-                each for each in known | sections if each and _parent(each) == _parent(name)
-            ]
-            return unknown_name("config field", name, sorted(siblings))
-    return None
+    if name in known | sections:
+        return None
+    while _parent(name) not in sections:
+        name = _parent(name)
+    siblings = [each for each in known | sections if each and _parent(each) == _parent(name)]
+    return unknown_name("config field", name, sorted(siblings))
 
 
 def _parent(name: str) -> str:
