@@ -19,9 +19,9 @@ from dydilit_jax.errors import UserError
 from dydilit_jax.kernels.dydila import pallas_tpu
 from dydilit_jax.kernels.dydila.api import default_implementation, dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.kernels.rotary import axial_rotation
+from dydilit_jax.kernels.sharding import CoreSharding
 
 
 @dataclasses.dataclass(frozen=True)

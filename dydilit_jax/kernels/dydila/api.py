@@ -13,13 +13,13 @@ from typing import Protocol, cast
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, check_inputs
 from dydilit_jax.kernels.dydila.reference import explicit_attention
-from dydilit_jax.kernels.dydila.sharding import (
+from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
+from dydilit_jax.kernels.platform import target
+from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
-from dydilit_jax.kernels.platform import target
 
 
 class Backend(Protocol):

@@ -36,8 +36,8 @@ from dydilit_jax.kernels.dydila.features import (
     measure_kernel,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.xla import CoreOutput
+from dydilit_jax.kernels.sharding import CoreSharding
 
 Tokens = tuple[jax.Array, ...]
 
