@@ -181,8 +181,8 @@ def every_bank(
         across = pl.ds(part * COLUMNS, COLUMNS)
 
         def fetch(step: jax.Array, slot: jax.Array) -> None:
-            j, channels = lax.div(step, jnp.int32(steps)), lax.rem(step, jnp.int32(steps)) * STEP
-            channels = pl.ds(channels, STEP)
+            j = lax.div(step, jnp.int32(steps))
+            channels = pl.ds(lax.rem(step, jnp.int32(steps)) * STEP, STEP)
             plgpu.copy_gmem_to_smem(dy_ref.at[span, channels], dy_s.at[slot], ready.at[slot])
             plgpu.copy_gmem_to_smem(
                 bank_ref.at[j, across, channels], bank_s.at[slot], ready.at[slot]
