@@ -69,3 +69,21 @@ def record_choice(operation: str, implementation: str) -> None:
     """Tells `recording_choices` what an operation will run."""
     if (choices := _choices.get()) is not None:
         choices.setdefault(operation, set()).add(implementation)
+
+
+def not_hopper() -> str | None:
+    """Why Mosaic GPU kernels that use wgmma cannot run on this process's GPU; None when they can.
+
+    Only Hopper has these instructions. A program that is traced on another machine than its target
+    is not judged.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability.split(".")[0] == "9":
+        return None
+    return (
+        f"its instructions are those of Hopper (compute capability 9.0), "
+        f"{device.device_kind} has {capability}"
+    )

@@ -14,8 +14,8 @@ from jax.sharding import AxisType
 from dydilit_jax.errors import UserError
 from dydilit_jax.kernels.depthwise import pallas_tpu
 from dydilit_jax.kernels.depthwise.api import PLAIN, depthwise_conv
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.platform import tracing_for
+from dydilit_jax.kernels.sharding import CoreSharding
 
 # Unit roundoff of the dtype, times a few for the sums; errors are relative to the largest entry.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float64": 1e-14}

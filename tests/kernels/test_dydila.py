@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,16 @@ from jax.sharding import AxisType
 from dydilit_jax.errors import UserError
 from dydilit_jax.kernels.dydila import pallas_tpu
 from dydilit_jax.kernels.dydila.api import default_implementation, dydila_core
-from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
+from dydilit_jax.kernels.dydila.features import (
+    CoreInputs,
+    CoreOptions,
+    Exponents,
+    Lambdas,
+    choose_lambda,
+)
 from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.kernels.rotary import axial_rotation
+from dydilit_jax.kernels.sharding import CoreSharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +90,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def run(
-    case: Case, inputs: CoreInputs, implementation: str, sharding: CoreSharding | None = None
+    case: Case, inputs: CoreInputs, implementation: str | None, sharding: CoreSharding | None = None
 ) -> dict[str, np.ndarray]:
     """Output, denominator, choices and every gradient, by name, in float64."""
     options = case.core_options()
@@ -394,3 +401,47 @@ def test_what_is_chosen_unasked():
         assert default_implementation(inputs, options, None) == "xla"
         short = make(Case(tokens=16))
         assert default_implementation(short, options, on_mesh) == "xla"
+    fewer_than_wide = make(Case(batch=8, tokens=15))
+    assert default_implementation(fewer_than_wide, options, on_mesh) == "reference"
+    split = CoreSharding(mesh_of(data=1, sequence=8), ("data",), "sequence")
+    assert default_implementation(fewer_than_wide, options, split) == "xla"
+
+
+@pytest.mark.parametrize("normalizer", ["base", "signed"])
+def test_the_order_for_few_tokens_equals_the_linear_one(normalizer: str):
+    """7 tokens, heads of 16: unasked (Q K^T) V, which differs by rounding in float64."""
+    case = Case(tokens=7, options=(("normalizer", normalizer),))
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), make(case))
+        options = case.core_options()
+        program = jax.make_jaxpr(lambda i: dydila_core(i, options).output)(inputs)
+        assert "2,2,7,7" in str(program)
+        actual, expected = run(case, inputs, None), run(case, inputs, "xla")
+    for name, value in expected.items():
+        assert error(actual[name], value) < 1e-9, name
+
+
+def test_the_lambda_router_reads_phi_and_phi_of_the_redundancy():
+    """Against numpy; and tokens whose channels a mesh splits stay where they are."""
+    inputs = make(Case())
+    assert inputs.lambdas is not None
+    bank, router, _ = inputs.lambdas
+    assert router is not None
+    phi, redundant = jnp.abs(inputs.query), jnp.abs(inputs.value)
+    choose = partial(choose_lambda, options=CoreOptions(heads=2), key=None)
+    value, chosen = choose(phi, redundant, bank, router)
+    joined = np.concatenate([phi, redundant], axis=-1).astype(np.float64)
+    choice = (joined @ np.asarray(router, np.float64)).argmax(axis=-1)
+    assert chosen is not None
+    np.testing.assert_array_equal(chosen.choice, choice)
+    np.testing.assert_allclose(value[..., 0], np.asarray(bank)[choice], rtol=1e-6)
+
+    sharding = jax.sharding.NamedSharding(
+        mesh_of(tensor=8), jax.sharding.PartitionSpec(None, None, "tensor")
+    )
+    split = [jax.device_put(x, sharding) for x in (phi, redundant)]
+    text = jax.jit(lambda *x: choose(*x)[0]).lower(*split, bank, router).compile().as_text()
+    assert text is not None
+    assert "all-reduce" in text
+    # Rows of the small router move; joined, phi and phi' were gathered on every device.
+    assert not re.search(r"\[2,37,\d+\]\S* (all-to-all|collective-permute|all-gather)", text)

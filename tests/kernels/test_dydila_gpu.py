@@ -17,9 +17,9 @@ from dydilit_jax.kernels.dydila import pallas_gpu
 from dydilit_jax.kernels.dydila.api import dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Tiles
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.xla import linear_attention
 from dydilit_jax.kernels.platform import tracing_for
+from dydilit_jax.kernels.sharding import CoreSharding
 
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="Mosaic GPU's interpreter is complete from JAX 0.12 on"

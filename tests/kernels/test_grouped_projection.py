@@ -15,11 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.grouped_projection import api, pallas_tpu, tpu_kernels, xla
 from dydilit_jax.kernels.grouped_projection.api import grouped_projection
 from dydilit_jax.kernels.grouped_projection.reference import dense
 from dydilit_jax.kernels.platform import tracing_for
+from dydilit_jax.kernels.sharding import CoreSharding
 
 IMPLEMENTATIONS = ["dense", "blocks"]
 # Unit roundoff of the dtype, times a few for the sums; errors are relative to the largest entry.
@@ -300,9 +300,9 @@ def tpu(monkeypatch):
         yield
 
 
-def assert_as_exact_as_dense(case, straight_through):
+def assert_as_exact_as_dense(case, straight_through, backend="pallas_tpu"):
     """Every result of the kernels errs no more than twice what the dense form's does."""
-    kernels, dense = (case.computed(straight_through, name) for name in ("pallas_tpu", "dense"))
+    kernels, dense = (case.computed(straight_through, name) for name in (backend, "dense"))
     for name, value in case.expected(straight_through).items():
         errors = [
             np.abs(np.asarray(result[name], np.float64) - value).max()
@@ -310,6 +310,7 @@ def assert_as_exact_as_dense(case, straight_through):
         ]
         assert errors[0] <= 2 * errors[1] + 1e-6 * np.abs(value).max(), name
         assert kernels[name].dtype == dense[name].dtype
+    return kernels
 
 
 @pytest.mark.parametrize(

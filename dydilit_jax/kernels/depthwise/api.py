@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.depthwise.reference import convolution
 from dydilit_jax.kernels.depthwise.xla import shifted
-from dydilit_jax.kernels.dydila.sharding import (
+from dydilit_jax.kernels.platform import record_choice, target
+from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.platform import record_choice, target
 
 Convolution = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 

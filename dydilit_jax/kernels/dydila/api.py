@@ -13,13 +13,13 @@ from typing import Protocol, cast
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, check_inputs
 from dydilit_jax.kernels.dydila.reference import explicit_attention
-from dydilit_jax.kernels.dydila.sharding import (
+from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
+from dydilit_jax.kernels.platform import record_choice, target
+from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.dydila.xla import CoreOutput, linear_attention
-from dydilit_jax.kernels.platform import record_choice, target
 
 
 class Backend(Protocol):
@@ -106,6 +106,9 @@ def default_implementation(
 
     A backend of the target platform, unless it cannot run, or sequences are so short that XLA is
     the better choice, or several devices are there and no mesh says how the arrays lie on them.
+    In XLA (Q K^T) V, of 2 N^2 d multiply-adds a head, for sequences shorter than the head is wide,
+    else Q (K^T V), of 2 N d^2; the latter too where a mesh splits the tokens, whose N x N weights
+    would need every device's keys.
     """
     tokens, width = inputs.query.shape[1:]
     for name, fewest in FEWEST_TOKENS.items():
@@ -118,4 +121,5 @@ def default_implementation(
             and load_backend(module).unsupported(inputs, options, sharding) is None
         ):
             return name
-    return "xla"
+    split = sharding is not None and sharding.sequence_size > 1
+    return "reference" if tokens * options.heads < width and not split else "xla"

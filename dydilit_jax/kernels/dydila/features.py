@@ -202,9 +202,16 @@ def choose_lambda(
     bank = bank.astype(base.dtype)
     if router is None:
         return bank.reshape(()), None
-    both = jnp.concatenate([base, redundant], axis=-1)
     jitter_key, choice_key = (None, None) if key is None else jax.random.split(key)
-    logits = routing.router_logits(both, router, jitter=options.router_jitter, key=jitter_key)
+    jitter_keys = (None, None) if jitter_key is None else jax.random.split(jitter_key)
+    # [phi ; phi'] R as two products: joined, channels that a mesh splits would change places.
+    logits, more = (
+        routing.router_logits(phi, rows, jitter=options.router_jitter, key=noise)
+        for phi, rows, noise in zip(
+            (base, redundant), jnp.split(router, 2), jitter_keys, strict=True
+        )
+    )
+    logits = logits + more
     chosen = routing.route(logits, options.router_training, key=choice_key)
     return jnp.sum(chosen.weights * bank, axis=-1, keepdims=True), chosen
 

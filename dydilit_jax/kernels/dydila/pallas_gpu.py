@@ -36,8 +36,9 @@ from dydilit_jax.kernels.dydila.features import (
     measure_kernel,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.xla import CoreOutput
+from dydilit_jax.kernels.platform import not_hopper
+from dydilit_jax.kernels.sharding import CoreSharding
 
 Tokens = tuple[jax.Array, ...]
 
@@ -66,7 +67,8 @@ def unsupported(
             f"head width {width} does not fit in shared memory, {kernels.WIDEST} would: "
             "use more heads, or the implementation 'xla'"
         )
-    return None
+    reason = not_hopper()
+    return None if reason is None else f"{reason}: use the implementation 'xla'"
 
 
 def scale_of_power(z: jax.Array, exponent: jax.Array, groups: int) -> tuple[jax.Array, ...]:

@@ -22,10 +22,10 @@ from jax import lax
 from dydilit_jax.kernels import routing
 from dydilit_jax.kernels.dydila import tpu_calls
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions
-from dydilit_jax.kernels.dydila.sharding import CoreSharding
 from dydilit_jax.kernels.dydila.tpu_blocks import Plan
 from dydilit_jax.kernels.dydila.tpu_launch import VMEM_BUDGET
 from dydilit_jax.kernels.dydila.xla import CoreOutput
+from dydilit_jax.kernels.sharding import CoreSharding
 
 Arrays = dict[str, jax.Array]
 BLOCKS = (512, 256, 128)

@@ -28,13 +28,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.errors import UserError, unknown_name
-from dydilit_jax.kernels.dydila.sharding import (
+from dydilit_jax.kernels.grouped_projection import reference, xla
+from dydilit_jax.kernels.platform import record_choice, target
+from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
     placement_known,
 )
-from dydilit_jax.kernels.grouped_projection import reference, xla
-from dydilit_jax.kernels.platform import record_choice, target
 
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -65,11 +65,15 @@ class Backend(Protocol):
 
 PLAIN = ("dense", "blocks")
 # Platform and module of each backend.
-BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.grouped_projection.pallas_tpu")}
+BACKENDS = {
+    "pallas_tpu": ("tpu", "dydilit_jax.kernels.grouped_projection.pallas_tpu"),
+    "pallas_gpu": ("gpu", "dydilit_jax.kernels.grouped_projection.pallas_gpu"),
+}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest tokens of a device from which a backend is chosen unasked. pallas_tpu: where its schedule,
 # counted in the program compiled for v5e, is well below that of all banks; not timed on a device.
+# pallas_gpu has run on no GPU yet: it has to be asked for.
 FEWEST_TOKENS = {"pallas_tpu": 512}
 
 
@@ -107,9 +111,9 @@ def grouped_projection(
       index: (...,) integers in [0, n), the routed bank. A value out of range is not detected.
       straight_through: with True the gradient of the weights is dy_i . (x_i W_j) for every j, as if
         every bank had been computed; with False it is zero off `index`, and cheaper.
-      implementation: `dense`, `blocks`, `pallas_tpu`, or None to choose by platform and shape: a
-        backend of the target platform where it is worth it; else `blocks` on CPU (unless the input
-        is tiny), and `dense` elsewhere.
+      implementation: `dense`, `blocks`, `pallas_tpu`, `pallas_gpu`, or None to choose by platform
+        and shape: a backend of the target platform where it is worth it; else `blocks` on CPU
+        (unless the input is tiny), and `dense` elsewhere.
       sharding: how tokens (B, N, D) or (B, D) lie on a mesh, for the backends (XLA finds out by
         itself): each device routes its own tokens. None takes the mesh of `jax.set_mesh`, if one
         is set.
@@ -159,10 +163,10 @@ def _default(x: jax.Array, bank: jax.Array, sharding: CoreSharding | None) -> st
     if bank.shape[0] == 1 or tokens < 256:
         return "dense"
     shards = 1 if sharding is None else sharding.batch_size * sharding.sequence_size
-    for name in BACKENDS:
+    for name, fewest in FEWEST_TOKENS.items():
         if (
             x.dtype == jnp.bfloat16
-            and tokens >= FEWEST_TOKENS[name] * shards
+            and tokens >= fewest * shards
             and placement_known(sharding)
             and _unsupported(name, x, bank, sharding) is None
         ):
