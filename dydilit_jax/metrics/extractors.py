@@ -6,7 +6,7 @@ from dydilit_jax.errors import unknown_name
 from dydilit_jax.metrics.features import Extractor
 from dydilit_jax.metrics.inception_weights import load_inception
 
-EXTRACTORS = ("inception", "dinov2")
+EXTRACTORS = ("inception",)
 
 
 def load_extractor(
@@ -17,11 +17,10 @@ def load_extractor(
     Args:
       name: one of EXTRACTORS.
       weights: a file, or a folder with one; empty: fetched (a pinned file with a known checksum,
-        kept in the user's cache), Inception's alone. Inception's is pytorch-fid's .pth, DINOv2's
-        facebook's .pth or a folder in transformers' layout.
+        kept in the user's cache). Inception's is pytorch-fid's .pth.
       sha256: checksum that the file must have; default: the known one where it is fetched.
       variant: how images are prepared: of `inception` `adm` (default: TensorFlow's resizing, as
-        ADM's evaluator, torch-fidelity and the first FID) or `pytorch_fid`; of `dinov2` none.
+        ADM's evaluator, torch-fidelity and the first FID) or `pytorch_fid`.
 
     Raises:
       UserError: an unknown name or variant; weights that cannot be found, fetched or read, or have

@@ -131,6 +131,10 @@ class Mixed(nnx.Module):
         if pool != "stride":
             self.branch_pool = Conv(pool_features, 1, 1).build(channels, rngs)
 
+    def branch(self, name: str) -> BasicConv2d:
+        """The convolution of that name."""
+        return getattr(self, name)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """(n, H, W, channels) to (n, h, w, features)."""
         outputs = []
@@ -258,7 +262,7 @@ class Inception(nnx.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x, 2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_pool(x, 2))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        spatial = self.Mixed_6d.branch1x1(x)[..., :SPATIAL_CHANNELS]
+        spatial = self.Mixed_6d.branch("branch1x1")(x)[..., :SPATIAL_CHANNELS]
         x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         pool = x.mean(axis=(1, 2))
