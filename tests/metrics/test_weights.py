@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ class Touch:
 @pytest.mark.parametrize("where", ["machine", "structure", "keys"])
 def test_no_pickle_of_the_older_format_runs_code(tmp_path, where):
     trap = tmp_path / "trapped"
-    contents = {"machine": {"little_endian": True}, "structure": {}, "keys": []}
+    contents: dict[str, Any] = {"machine": {"little_endian": True}, "structure": {}, "keys": []}
     contents[where] = Touch(trap)
     pickles = [pickle.dumps(each, protocol=2) for each in contents.values()]
     path = tmp_path / "weights.pth"
