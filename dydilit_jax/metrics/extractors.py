@@ -1,0 +1,28 @@
+"""Networks of features by name."""
+
+from __future__ import annotations
+
+from dydilit_jax.metrics.features import Extractor
+
+EXTRACTORS = ("inception", "dinov2")
+
+
+def load_extractor(
+    name: str, weights: str = "", *, sha256: str = "", variant: str = ""
+) -> Extractor:
+    """An extractor with its weights.
+
+    Args:
+      name: one of EXTRACTORS.
+      weights: a file, or a folder with one; empty: fetched (a pinned file with a known checksum,
+        kept in the user's cache). Inception's is pytorch-fid's .pth, DINOv2's a folder in
+        transformers' layout or facebook's .pth.
+      sha256: checksum that the file must have; default: the known one where it is fetched.
+      variant: how images are prepared: of `inception` `adm` (default: TensorFlow's resizing, as
+        ADM's evaluator, torch-fidelity and the first FID) or `pytorch_fid`.
+
+    Raises:
+      UserError: an unknown name or variant; weights that cannot be found, fetched or read, or have
+        another checksum.
+    """
+    raise NotImplementedError
