@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.sample import parse_labels
+from dydilit_jax.sampling_flags import parse_labels
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.writers import read_metrics
 from tests.commands import ENVIRONMENT, assert_one_line

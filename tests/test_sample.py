@@ -12,7 +12,8 @@ from dydilit_jax import sample
 from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
 from dydilit_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Euler
 from dydilit_jax.errors import UserError
-from dydilit_jax.sample import output_format, parse_interval, parse_labels
+from dydilit_jax.sample import output_format
+from dydilit_jax.sampling_flags import drawing_mesh, parse_interval, parse_labels
 from dydilit_jax.training import request
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.state import Network, configured_sampler
@@ -168,6 +169,6 @@ def test_a_request_stops_at_ctrl_c_and_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_run_of_another_mesh_is_drawn_on_the_devices_there_are():
     config = tiny_config(mesh={"data": 4, "fsdp": 64})
-    assert dict(sample._mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(drawing_mesh(config).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
     config = tiny_config(mesh={"data": 2, "fsdp": 4})
-    assert sample._mesh(config).shape["fsdp"] == 4
+    assert drawing_mesh(config).shape["fsdp"] == 4
