@@ -31,13 +31,18 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "platform": device.platform,
         "processes": jax.process_count(),
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "matmul_precision": jax.config.read("jax_default_matmul_precision") or "default",
+        "matmul_precision": _matmul_precision(),
         "versions": {
             "python": platform.python_version(),
             "dydilit_jax": dydilit_jax.__version__,
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
     }
+
+
+def _matmul_precision() -> str:
+    # JAX defines the attribute when it runs.
+    return getattr(jax.config, "jax_default_matmul_precision", None) or "default"
 
 
 def extractor_fields(extractor: Extractor) -> dict[str, Any]:
