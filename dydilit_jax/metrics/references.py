@@ -9,57 +9,35 @@ ADM's reference batches (`VIRTUAL_imagenet256_labeled.npz` and its kin) hold
 What is written here has the same arrays, so that ADM's evaluator reads it, and besides
 
     count            images that the moments are of
-    extractor, extractor_checksum             what the features are of
+    extractor, extractor_checksum, description    what the features are of
     features         (n, D) float32 of arr_0's images, so that none need be computed again
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
+from numpy.lib.npyio import NpzFile
 
-from dydilit_jax.metrics.features import Extractor
+from dydilit_jax.autoencoders.weights import sha256_of
+from dydilit_jax.errors import UserError
+from dydilit_jax.metrics.collectives import every_device
+from dydilit_jax.metrics.features import Extractor, compile_extractor
 from dydilit_jax.metrics.frechet import Moments
+from dydilit_jax.metrics.npz import blocks, opened, write_blocks
+from dydilit_jax.metrics.rows import KeptRows, Lookup
+from dydilit_jax.metrics.scoring import Scorer, add_images
+from dydilit_jax.metrics.statistics import Reference
 
-
-class Rows(Protocol):
-    """Feature rows of which each process holds some; read in blocks."""
-
-    def count(self) -> int:
-        """Number of rows that this process holds."""
-        ...
-
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices (m,) int64 and rows (m, D) float32 of this process from `start` to `stop`."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What samples are compared with.
-
-    Attributes:
-      extractor: name of the extractor; empty where the file does not say (ADM's: `inception`).
-      extractor_checksum: of its weights; empty where the file does not say.
-      pool: moments of pool features.
-      spatial: of spatial features; None without.
-      count: images that the moments are of; 0 where the file does not say.
-      rows: pool features of images, for precision, recall and kernel distance; None without.
-      checksum: sha256 of the file that it was read from; empty where it was computed.
-    """
-
-    extractor: str
-    extractor_checksum: str
-    pool: Moments
-    spatial: Moments | None
-    count: int
-    rows: Rows | None
-    checksum: str = ""
+ROWS_AT_ONCE = 2048
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def read_reference(
@@ -89,7 +67,42 @@ def read_reference(
       UserError: no such file, no .npz, arrays that are missing or of other shapes than the
         extractor's, or moments of other weights.
     """
-    raise NotImplementedError
+    with opened(path) as file:
+        names = set(file.files)
+        texts = {
+            name: str(file[name]) if name in names else ""
+            for name in ("extractor", "extractor_checksum", "description")
+        }
+        count = int(file["count"]) if "count" in names else 0
+        pool = _moments(file, path, "pool", extractor.width, count)
+        spatial = _moments(file, path, "spatial", extractor.spatial_width, count)
+    checksum = sha256_of(path)
+    if pool is None and "arr_0" not in names:
+        raise UserError(
+            f"{str(path)!r} holds neither moments (mu, sigma) nor images (arr_0), expected an .npz "
+            "as ADM's references are"
+        )
+    reference = None
+    if pool is not None:
+        reference = Reference(
+            **texts, pool=pool, spatial=spatial, count=count, rows=None, checksum=checksum
+        )
+        reference.check(extractor)
+        if not rows or names.isdisjoint({"features", "arr_0"}):
+            return reference
+    if reference is not None and "features" in names:
+        kept = _kept_features(path, extractor.width, folder)
+    else:
+        made = make_reference(
+            read_images(path, batch_size),
+            extractor,
+            mesh,
+            spatial=reference is None,
+            rows=rows,
+            folder=folder,
+        )
+        reference, kept = reference or made, made.rows
+    return dataclasses.replace(reference, rows=kept, checksum=checksum)
 
 
 def make_reference(
@@ -110,8 +123,16 @@ def make_reference(
       spatial: whether spatial moments are wanted.
       rows: whether pool features are kept.
       folder: where they are kept; None for memory.
+
+    Raises:
+      UserError: fewer than two images.
     """
-    raise NotImplementedError
+    scores = ["frechet"]
+    scores += ["spatial_frechet"] if spatial else []
+    scores += ["precision_recall"] if rows else []
+    scorer = Scorer(extractor, scores=scores, folder=folder)
+    add_images(scorer, compile_extractor(extractor, mesh), batches, mesh)
+    return scorer.reference()
 
 
 def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarray] = ()) -> None:
@@ -122,14 +143,96 @@ def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarra
       reference: its rows are written as `features`, in the order of their indices.
       images: uint8 batches of the images of the rows in that order, written as `arr_0`, which
         ADM's evaluator needs; none: the file has no `arr_0`.
+
+    Raises:
+      UserError: images that are not uint8, or not as many as rows.
     """
-    raise NotImplementedError
+    small = {
+        "extractor": np.array(reference.extractor),
+        "extractor_checksum": np.array(reference.extractor_checksum),
+        "description": np.array(reference.description),
+        "count": np.array(reference.count),
+    }
+    for part, moments in (("pool", reference.pool), ("spatial", reference.spatial)):
+        if moments is not None:
+            mean, covariance = MOMENTS[part]
+            small |= {mean: moments.mean, covariance: moments.covariance}
+    lookup = None if reference.rows is None else Lookup(reference.rows, every_device())
+    if jax.process_index() > 0:
+        for _ in _features(lookup):  # What the first process writes comes from all of them.
+            pass
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
+        for name, array in small.items():
+            write_blocks(archive, name, array.shape, [array])
+        if lookup is not None:
+            write_blocks(archive, "features", (len(lookup), lookup.rows.width), _features(lookup))
+        written = iter(images)
+        head = next(written, None)
+        if head is not None:
+            if head.dtype != np.uint8 or lookup is None:
+                raise UserError(
+                    f"images of a reference must be uint8 and have rows, got {head.dtype} and "
+                    f"{'no rows' if lookup is None else 'rows'}"
+                )
+            shape = (len(lookup), *head.shape[1:])
+            write_blocks(archive, "arr_0", shape, itertools.chain([head], written))
+    unfinished.replace(path)
 
 
-def read_images(path: Path, batch_size: int) -> Iterable[np.ndarray]:
+def _features(lookup: Lookup | None) -> Iterator[np.ndarray]:
+    """Rows of all processes in the order of indices, block by block; a collective."""
+    count = 0 if lookup is None else len(lookup)
+    for start in range(0, count, ROWS_AT_ONCE):
+        assert lookup is not None
+        yield lookup.take(np.arange(start, min(start + ROWS_AT_ONCE, count)))
+
+
+def _kept_features(path: Path, width: int, folder: Path | None) -> KeptRows:
+    """This process's share of the array `features` of a file."""
+    rows, first = KeptRows(width, folder), 0
+    for number, block in enumerate(blocks(path, "features", ROWS_AT_ONCE)):
+        if block.ndim != 2 or block.shape[1] != width:
+            raise UserError(f"{str(path)!r}: features are {block.shape[1:]}, expected ({width},)")
+        if number % jax.process_count() == jax.process_index():
+            rows.add(block, np.arange(first, first + len(block)))
+        first += len(block)
+    return rows
+
+
+def _moments(file: NpzFile, path: Path, part: str, width: int, count: int) -> Moments | None:
+    """The moments `part` of a file; None where it has none, or the extractor no such features."""
+    mean, covariance = MOMENTS[part]
+    if mean not in file.files or width == 0:
+        return None
+    if covariance not in file.files:
+        raise UserError(f"{str(path)!r} has an array {mean} but no {covariance}")
+    result = Moments(
+        np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64), count
+    )
+    if result.mean.shape != (width,) or result.covariance.shape != (width, width):
+        raise UserError(
+            f"{str(path)!r}: {mean} {result.mean.shape} and {covariance} "
+            f"{result.covariance.shape}, expected {width} features"
+        )
+    return result
+
+
+def read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     """The images `arr_0` (n, H, W, C) uint8 of an .npz in batches, never all in memory.
 
     Raises:
       UserError: no such file, or no uint8 images in it.
     """
-    raise NotImplementedError
+    with opened(path) as file:
+        if "arr_0" not in file.files:
+            raise UserError(f"{str(path)!r} has no array arr_0 of images")
+    for batch in blocks(path, "arr_0", batch_size):
+        if batch.dtype != np.uint8 or batch.ndim != 4:
+            raise UserError(
+                f"{str(path)!r}: arr_0 is {batch.dtype} with {batch.ndim} dimensions, expected "
+                "images (n, H, W, C) uint8"
+            )
+        yield batch
