@@ -92,8 +92,6 @@ def check_flags() -> None:
         raise UserError(f"--make_reference={_MAKE_REFERENCE.value} exists: choose another file")
     if not (_IMAGES.value or _MAKE_REFERENCE.value or _WORKDIR.value):
         raise UserError("--workdir is missing, or --images or --make_reference in its place")
-    if _NUM.value is not None and _NUM.value < 2:
-        raise UserError(f"--num={_NUM.value}: at least 2 images have a spread to compare")
     if _SAVE_NPZ.value is not None:
         if _IMAGES.value or _MAKE_REFERENCE.value:
             raise UserError("--save_npz is for images that are drawn (--workdir)")
@@ -126,11 +124,12 @@ def _score_run(workdir: Path) -> None:
     from dydilit_jax.training.checkpoint import load_config
     from dydilit_jax.training.decoding import configured_autoencoder
     from dydilit_jax.training.score_job import ScoreJob
-    from dydilit_jax.training.scoring import Drawing
+    from dydilit_jax.training.scoring import Drawing, check_count
     from dydilit_jax.training.state import OWN_SAMPLER, Network
 
     config = _SAMPLING(load_config(workdir))
     num = _NUM.value or DRAWN
+    check_count(num, _scores())
     labels, described = _labels(config, num)
     mesh = sampling_flags.drawing_mesh(config)
     network = Network.create(config)
@@ -180,16 +179,15 @@ def _score_files(path: Path) -> None:
     from dydilit_jax.data.image_files import open_images
     from dydilit_jax.training.agreement import raised_together
     from dydilit_jax.training.score_job import ScoreJob
-    from dydilit_jax.training.scoring import read_images
+    from dydilit_jax.training.scoring import check_count, read_images
     from dydilit_jax.training.sharding import make_mesh
 
     with raised_together():
         files = open_images(path)
         num = _NUM.value or len(files)
-        if not 2 <= num <= len(files):
-            raise UserError(
-                f"--num={num}, but {str(path)!r} has {len(files)} images: at least 2 can be scored"
-            )
+        if num > len(files):
+            raise UserError(f"--num={num}, but {str(path)!r} has {len(files)} images")
+        check_count(num, _scores())
     mesh = make_mesh(MeshConfig())
     config = _given_config()
     own = Path(_WORKDIR.value) if _WORKDIR.value else None

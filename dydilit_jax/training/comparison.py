@@ -29,9 +29,16 @@ from dydilit_jax.metrics.extractors import EXTRACTORS, load_extractor
 from dydilit_jax.metrics.features import Extractor, compile_extractor
 from dydilit_jax.metrics.pixels import PixelFeatures, check_small
 from dydilit_jax.metrics.references import Reference, read_reference, write_reference
+from dydilit_jax.metrics.rows import KeptRows
 from dydilit_jax.metrics.scoring import Scorer
 from dydilit_jax.training.agreement import of_first_process, raised_together
-from dydilit_jax.training.scoring import SourceImages, batches, fitting_batch, read_images
+from dydilit_jax.training.scoring import (
+    SourceImages,
+    batches,
+    check_count,
+    fitting_batch,
+    read_images,
+)
 
 SMALL = ("pixels", "classifier")
 FEATURES = (*EXTRACTORS, *SMALL)
@@ -203,6 +210,25 @@ def load_features(
         return load_classifier(classifier, image_shape)
 
 
+class ChosenRows(KeptRows):
+    """The feature rows of some images alone.
+
+    Args:
+      width: of a row.
+      chosen: indices of the images.
+      folder: as KeptRows.
+    """
+
+    def __init__(self, width: int, chosen: np.ndarray, folder: Path | None):
+        super().__init__(width, folder)
+        self._chosen = chosen
+
+    def add(self, rows: np.ndarray, indices: np.ndarray) -> None:
+        """Takes what of the rows (m, D) of images (m,) is chosen."""
+        wanted = np.isin(indices, self._chosen)
+        super().add(rows[wanted], indices[wanted])
+
+
 def make_reference(
     path: Path,
     files: ImageFiles,
@@ -231,19 +257,18 @@ def make_reference(
       save: told of the sums and the number of images done after every batch.
 
     Raises:
-      UserError: fewer than two images, or one that cannot be read.
+      UserError: too few images, or one that cannot be read.
     """
     num = num or len(files)
-    if num < 2:
-        raise UserError(f"a reference needs at least 2 images, there is {num}")
+    check_count(min(num, kept))
     rng = np.random.default_rng(KEPT_SEED)
     chosen = np.sort(rng.choice(num, min(kept, num), replace=False))
     scorer = Scorer(
         extractor,
         scores=("frechet", "spatial_frechet", "precision_recall"),
         folder=row_folder,
-        kept=chosen,
     )
+    scorer.rows = ChosenRows(extractor.width, chosen, row_folder)
     first = scorer.restore(state) if state is not None else 0
     extract = compile_extractor(extractor, mesh)
     images = read_images(files, mesh)

@@ -28,7 +28,13 @@ from dydilit_jax.training.decoding import Decode, configured_autoencoder, make_d
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.interruption import Interruption
 from dydilit_jax.training.optimizer import ema_parameters
-from dydilit_jax.training.scoring import Drawing, fitting_batch, score_batches, scores_of
+from dydilit_jax.training.scoring import (
+    Drawing,
+    check_count,
+    fitting_batch,
+    score_batches,
+    scores_of,
+)
 from dydilit_jax.training.state import Network, TrainState
 from dydilit_jax.training.storage import tolerated, warn
 from dydilit_jax.training.writers import Writers, read_metrics
@@ -77,6 +83,7 @@ class Evaluation:
           UserError: as comparison.open_comparison.
         """
         if self.config.evaluation.every:
+            check_count(self.config.evaluation.num)
             _ = self._comparison
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,10 +26,12 @@ from dydilit_jax.config import SamplingConfig
 from dydilit_jax.data.image_files import ImageFiles
 from dydilit_jax.data.sources import Source
 from dydilit_jax.drawing import to_uint8
+from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.features import Features
 from dydilit_jax.metrics.frechet import SingularCovarianceWarning
+from dydilit_jax.metrics.precision_recall import NEIGHBOURS
 from dydilit_jax.metrics.references import Reference
-from dydilit_jax.metrics.scoring import Scorer
+from dydilit_jax.metrics.scoring import SCORES, Scorer
 from dydilit_jax.training.agreement import raised_together
 from dydilit_jax.training.decoding import DECODED_AT_ONCE
 from dydilit_jax.training.generation import check_labels, compile_generator
@@ -40,6 +42,17 @@ READ_THREADS = 4
 
 Images = Callable[[np.ndarray], jax.Array]
 """Indices (B,), the same on every process, to images (B, H, W, C) uint8 that lie by_device."""
+
+
+def check_count(num: int, wanted: Sequence[str] = SCORES) -> None:
+    """Raises UserError where `num` images are too few for the wanted of metrics' SCORES."""
+    if "precision_recall" in wanted and num <= NEIGHBOURS:
+        raise UserError(
+            f"{num} images are too few: precision and recall need at least {NEIGHBOURS + 1} "
+            "(--scores=frechet does without)"
+        )
+    if num < 2:
+        raise UserError(f"{num} images are too few: a covariance needs at least 2")
 
 
 def by_device(mesh: Mesh) -> NamedSharding:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydilit_jax.data.image_files import open_images
+from dydilit_jax.data.image_files import NpzImages, open_images
 from dydilit_jax.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)
@@ -41,6 +41,7 @@ def test_images_come_by_index(tmp_path, kind):
 def test_an_array_that_is_not_compressed_stays_in_its_file(tmp_path):
     write_npz(tmp_path / "a.npz", np.asfortranarray(IMAGES), compressed=False)
     images = open_images(tmp_path / "a.npz")
+    assert isinstance(images, NpzImages)
     assert isinstance(images._images, np.memmap)
     np.testing.assert_array_equal(images.read(np.arange(7)), IMAGES)
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -185,11 +186,11 @@ def test_pixels_are_features(shape):
     np.testing.assert_allclose(pool, images.reshape(5, -1) / 127.5 - 1.0, atol=1e-6)
     assert features.checksum != PixelFeatures((9, 9, 1)).checksum
     with pytest.raises(UserError, match="not one size"):
-        features.apply({}, np.zeros((5, 9, 9, shape[-1]), np.uint8))
+        features.apply({}, jnp.zeros((5, 9, 9, shape[-1]), jnp.uint8))
 
 
 def test_progress_is_told(tmp_path):
-    told = []
+    told: list[int] = []
     train_classifier(digits(), tmp_path / "x", steps=2, progress=told.append)
     assert told == [1, 1]
     assert module.STEPS > 2
