@@ -228,7 +228,7 @@ def _make_reference(out: Path) -> None:
     from dydilit_jax.config import MeshConfig
     from dydilit_jax.data.load import load_images
     from dydilit_jax.training import comparison
-    from dydilit_jax.training.agreement import of_first_process, raised_together
+    from dydilit_jax.training.agreement import raised_together
     from dydilit_jax.training.request import claim
     from dydilit_jax.training.score_job import saving, unfinished_folder
     from dydilit_jax.training.scoring import SourceImages
@@ -274,7 +274,6 @@ def _make_reference(out: Path) -> None:
             state=state / "sums",
             save=save,
         )
-    of_first_process(0)  # All have read what they kept there.
     if jax.process_index() == 0:
         shutil.rmtree(state)
         print(f"wrote the reference of {num} images to {out}", flush=True)

@@ -281,6 +281,7 @@ def make_reference(
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
     write_reference(path, scorer.reference(), map(files.read, parts))
+    of_first_process(0)  # The file is there, and its rows are no longer needed elsewhere.
 
 
 @contextmanager
