@@ -90,4 +90,5 @@ def get_config(argument: str = "") -> ConfigDict:
         optimizer=recipe.optimizer,
         train=recipe.train,
         sampling=c.SamplingConfig(steps=recipe.sampling_steps, batch_size=100),
+        evaluation=c.EvaluationConfig(features="classifier"),
     ).to_dict()

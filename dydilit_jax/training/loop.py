@@ -104,7 +104,6 @@ class Run:
         self.evaluation = Evaluation(
             self.network, self.mesh, self.source, self.workdir, self.writers, self.interruption
         )
-        self.evaluation.prepare()
 
     def close(self) -> None:
         """Waits until all is written."""
@@ -304,6 +303,7 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
     with locked(workdir) as lock, stop_signals() as requested:
         run.open(lock, requested)
         try:
+            run.evaluation.prepare()
             state = _loop(run, min(stop_step or math.inf, config.train.steps))
             if int(state.step) >= config.train.steps:
                 run.finish(state)
