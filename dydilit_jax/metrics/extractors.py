@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dydilit_jax.errors import unknown_name
 from dydilit_jax.metrics.features import Extractor
+from dydilit_jax.metrics.inception_weights import load_inception
 
-EXTRACTORS = ("inception", "dinov2")
+EXTRACTORS = ("inception",)
 
 
 def load_extractor(
@@ -15,8 +17,7 @@ def load_extractor(
     Args:
       name: one of EXTRACTORS.
       weights: a file, or a folder with one; empty: fetched (a pinned file with a known checksum,
-        kept in the user's cache). Inception's is pytorch-fid's .pth, DINOv2's a folder in
-        transformers' layout or facebook's .pth.
+        kept in the user's cache). Inception's is pytorch-fid's .pth.
       sha256: checksum that the file must have; default: the known one where it is fetched.
       variant: how images are prepared: of `inception` `adm` (default: TensorFlow's resizing, as
         ADM's evaluator, torch-fidelity and the first FID) or `pytorch_fid`.
@@ -25,4 +26,6 @@ def load_extractor(
       UserError: an unknown name or variant; weights that cannot be found, fetched or read, or have
         another checksum.
     """
-    raise NotImplementedError
+    if name == "inception":
+        return load_inception(weights, sha256=sha256, variant=variant or "adm")
+    raise unknown_name("extractor", name, EXTRACTORS)

@@ -2,7 +2,7 @@
 
 Every score is one of features: FID is the Frechet distance of `Features.pool` of the 2015
 Inception network, sFID of `Features.spatial`, the Inception Score is one of `Features.logits`;
-another network (metrics/dinov2.py, a classifier) comes in by the same Protocol.
+another network (a classifier) comes in by the same Protocol.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def to_levels(images: jax.Array) -> jax.Array:
     return jnp.broadcast_to(levels, (*levels.shape[:-1], 3))
 
 
-def compile_extractor(extractor: Extractor, mesh: Mesh) -> Callable[[jax.Array], Features]:
+def compile_extractor(extractor: Extractor, mesh: Mesh) -> Callable[[Any], Features]:
     """A jitted function from images (n, H, W, C) to features, each device taking n / mesh.size.
 
     The parameters lie on every device. Images may be numpy's (with several processes the same on

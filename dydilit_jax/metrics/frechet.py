@@ -19,12 +19,12 @@ from dydilit_jax.errors import UserError
 class Moments(NamedTuple):
     """Mean (D,) and covariance (D, D) of features, float64.
 
-    `count` is the number of features that they are estimated from; 0 where it is not known.
+    `num_images` is the number of features that they are estimated from; 0 where it is not known.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int = 0
+    num_images: int = 0
 
 
 class SingularCovarianceWarning(UserWarning):
@@ -60,7 +60,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
             f"moments of {len(first.mean)} and {len(second.mean)} features cannot be compared: "
             "they are of different networks"
         )
-    if second.count == 0:  # The rank of the first is known below without further cost.
+    if second.num_images == 0:  # The rank of the first is known below without further cost.
         first, second = second, first
     values, vectors = np.linalg.eigh(first.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
@@ -76,9 +76,9 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 def _warn_if_singular(moments: Moments, eigenvalues: np.ndarray | None) -> None:
     width = len(moments.mean)
-    if 0 < moments.count <= width:
-        reason = f"of {moments.count} images, in {width} dimensions, is"
-    elif moments.count == 0 and eigenvalues is not None and _deficient(eigenvalues):
+    if 0 < moments.num_images <= width:
+        reason = f"of {moments.num_images} images, in {width} dimensions, is"
+    elif moments.num_images == 0 and eigenvalues is not None and _deficient(eigenvalues):
         reason = f"in {width} dimensions is"
     else:
         return

@@ -52,6 +52,7 @@ def blocks(path: Path, name: str, size: int) -> Iterator[np.ndarray]:
     with opened(path) as file:
         if name not in file.files:
             raise UserError(f"{str(path)!r} has no array {name}")
+        assert file.zip is not None
         with file.zip.open(f"{name}.npy") as stream:
             shape, fortran, dtype = _header(stream)
             if not fortran and shape and not dtype.hasobject:

@@ -42,12 +42,12 @@ class PrecisionRecall(NamedTuple):
 class Block(NamedTuple):
     """Vectors over all devices.
 
-    `rows` (n, D), `index` (n,) int32, -1 where there is none, and `radii` (n,), the squared radii
+    `rows` (n, D), `place` (n,) int32, -1 where there is none, and `radii` (n,), the squared radii
     of their balls where they are known.
     """
 
     rows: jax.Array
-    index: jax.Array
+    place: jax.Array
     radii: jax.Array
 
 
@@ -120,9 +120,9 @@ class _Programs:
             others = jax.lax.with_sharding_constraint(others, everywhere)
             distances = squared_distances(block.rows, others.rows)
             # A vector is at no distance of itself, whatever rounding makes of it.
-            itself = block.index[:, None] == others.index
+            itself = block.place[:, None] == others.place
             distances = jnp.where(itself, 0.0, distances)
-            distances = jnp.where(others.index < 0, jnp.inf, distances)
+            distances = jnp.where(others.place < 0, jnp.inf, distances)
             joint = jnp.concatenate([best, distances], axis=1)
             return -jax.lax.top_k(-joint, best.shape[1])[0]
 
@@ -130,7 +130,7 @@ class _Programs:
             """(n,) whether a vector of the block was found inside a ball, or is in one of these."""
             others = jax.lax.with_sharding_constraint(others, everywhere)
             distances = squared_distances(block.rows, others.rows)
-            within = (distances <= others.radii) & (others.index >= 0)
+            within = (distances <= others.radii) & (others.place >= 0)
             return found | within.any(axis=1)
 
         self.nearest = jax.jit(nearest, out_shardings=by_row, donate_argnums=2)
@@ -155,7 +155,7 @@ def _share_inside(rows: Blocks, columns: Blocks, programs: _Programs) -> float:
         found = rows.full((), False, np.bool_)
         for others in columns:
             found = programs.inside(block, others, found)
-        count += int(np.sum(rows.own(found) & (rows.own(block.index) >= 0)))
+        count += int(np.sum(rows.own(found) & (rows.own(block.place) >= 0)))
     return float(gather(np.array(count)).sum() / rows.total)
 
 

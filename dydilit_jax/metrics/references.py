@@ -91,7 +91,7 @@ def read_reference(
         if not rows or names.isdisjoint({"features", "arr_0"}):
             return reference
     if reference is not None and "features" in names:
-        kept = _kept_features(path, extractor.width, folder)
+        kept: KeptRows | None = _kept_features(path, extractor.width, folder)
     else:
         made = make_reference(
             read_images(path, batch_size),

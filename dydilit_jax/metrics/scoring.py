@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -212,7 +213,7 @@ class Scorer:
             description=self.extractor.description,
             pool=statistics.pool,
             spatial=statistics.spatial,
-            count=statistics.count,
+            count=statistics.num_images,
             rows=self.rows,
         )
 
@@ -244,7 +245,7 @@ class Scorer:
             score_name(self.extractor.name, score): value
             for score, value in self._values(statistics, reference, mesh)
         }
-        return {"num_images": float(statistics.count), **named}
+        return {"num_images": float(statistics.num_images), **named}
 
     def _values(
         self, statistics: Statistics, reference: Reference, mesh: Mesh
@@ -272,7 +273,7 @@ class Scorer:
 
 def add_images(
     scorer: Scorer,
-    extract: Callable[[np.ndarray], Features],
+    extract: Callable[[Any], Features],
     batches: Iterable[np.ndarray],
     mesh: Mesh,
     first: int = 0,

@@ -15,7 +15,7 @@ from dydilit_jax.metrics.rows import KeptRows
 class Statistics(NamedTuple):
     """What all processes' rows come to: number of images, moments of pool and spatial features."""
 
-    count: int
+    num_images: int
     pool: Moments
     spatial: Moments | None
 

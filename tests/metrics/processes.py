@@ -31,7 +31,7 @@ def scored(features: Features, mesh: Mesh, folder: Path, stop: int) -> Scorer:
         indices[indices >= stop] = -1
         arrays = [np.asarray(each)[indices] for each in features]
         placed = [
-            jax.make_array_from_callback(array.shape, sharding, lambda at, a=array: a[at])
+            jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
             for array in arrays
         ]
         scorer.add(Features(*placed), indices)

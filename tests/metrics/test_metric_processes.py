@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 
-from dydilit_jax.metrics.features import Features
 from dydilit_jax.metrics.scoring import Scorer
 from tests.metrics import made
 from tests.tiny import mesh_of
@@ -21,8 +20,7 @@ def score_alone():
     scorers = []
     for features, count in ((made.reference(), made.REFERENCE), (made.samples(), made.SAMPLES)):
         scorer = Scorer(made.FakeExtractor())
-        arrays = Features(*(np.asarray(each) for each in features))
-        scorer.add(arrays, np.arange(count))
+        scorer.add(features, np.arange(count))
         scorers.append(scorer)
     return scorers[1].scores(scorers[0].reference(), mesh_of(1))
 

@@ -26,7 +26,7 @@ def check(moments, rows, rtol=1e-12):
         result.covariance, np.cov(rows, rowvar=False), rtol=rtol, atol=rtol * scale
     )
     np.testing.assert_array_equal(result.covariance, result.covariance.T)
-    assert result.count == len(rows)
+    assert result.num_images == len(rows)
 
 
 @pytest.mark.parametrize("ends", [[], [1, 2, 3, 40], range(7, 2500, 7), [2400, 2400]])

@@ -60,7 +60,7 @@ def test_computed_written_and_read(tmp_path, images, batches, wanted):
     again = read_reference(path, EXTRACTOR, MESH)
     check(again, wanted)
     check_rows(again, wanted)
-    assert again.count == again.pool.count == 150
+    assert again.count == again.pool.num_images == 150
     assert len(again.checksum) == 64
     assert [len(batch) for batch in read_images(path, 40)] == [40, 40, 40, 30]
     np.testing.assert_array_equal(np.concatenate(list(read_images(path, 40))), images)
@@ -81,6 +81,7 @@ def test_adms_layout(tmp_path, images, wanted):
     reference = read_reference(path, EXTRACTOR, MESH, batch_size=64, folder=tmp_path / "rows")
     np.testing.assert_array_equal(reference.pool.mean, pool.mean + 1.0)
     np.testing.assert_array_equal(reference.pool.covariance, 2 * pool.covariance)
+    assert reference.spatial is not None
     np.testing.assert_array_equal(reference.spatial.mean, spatial.mean)
     check_rows(reference, wanted)
     assert reference.count == 0

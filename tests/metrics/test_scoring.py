@@ -89,6 +89,7 @@ def test_a_state_is_taken_up_by_other_numbers_of_processes(
     monkeypatch.undo()
     scorer = Scorer(made.FakeExtractor(), scores=(*CHEAP, "kernel"), folder=tmp_path / "rows")
     assert scorer.restore(tmp_path) == made.SAMPLES
+    assert scorer.rows is not None
     assert scorer.count() == len(scorer.rows) == made.SAMPLES
     assert scorer.scores(reference, MESH) == pytest.approx(straight, rel=1e-12)
 
@@ -138,7 +139,9 @@ def test_features_that_are_not_finite_name_the_image(reference):
 
 def test_filling_is_left_out_even_if_it_is_not_finite(straight, reference):
     scorer = Scorer(made.FakeExtractor(), scores=CHEAP)
-    filling = Features(*(np.full((5, each.shape[1]), np.nan) for each in made.samples()))
+    filling = take(made.samples(), np.zeros(5, int))
+    for array in filling:
+        array[:] = np.nan
     scorer.add(filling, np.full(5, -1))
     add(scorer, made.samples(), 0, made.SAMPLES)
     assert scorer.scores(reference, MESH) == pytest.approx(straight, rel=1e-12)

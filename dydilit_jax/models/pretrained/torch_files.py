@@ -7,6 +7,8 @@ What `torch.save` writes since PyTorch 1.6 is a zip archive, nothing in it compr
     NAME/data/KEY      a storage: plain numbers
     NAME/byteorder     `little`, where it is said
 
+and what it wrote before is a stream, read by torch_legacy.py, with the same pickle.
+
 The pickle goes through an unpickler that imports nothing and knows the few names of a state dict,
 the same restriction as `torch.load(weights_only=True)`. Any other name ends the reading before
 anything is made of it.
@@ -26,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from dydilit_jax.errors import UserError
+from dydilit_jax.models.pretrained.torch_legacy import is_legacy, read_stream
 
 FLOATING = {
     "FloatStorage": np.dtype(np.float32),
@@ -33,8 +36,18 @@ FLOATING = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "DoubleStorage": np.dtype(np.float64),
 }
-# Counters and masks, which may lie beside the weights in a training checkpoint.
-OTHERS = ("LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage")
+# Counters and masks, which may lie beside the weights in a training checkpoint, and their bytes.
+OTHERS = {
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "CharStorage": 1,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+}
+ITEMSIZES = {kind: dtype.itemsize for kind, dtype in FLOATING.items()} | OTHERS
+# Batch normalisation counts its steps beside its weights, and nothing is computed of that.
+COUNTER = "num_batches_tracked"
 # Where PyTorch's training scripts put the weights among all else; the average first.
 NESTED = ("ema", "model", "state_dict")
 
@@ -67,15 +80,22 @@ class _DamagedError(Exception):
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The state dict of a file, alone or in a training checkpoint, as float32 arrays by name.
 
+    Counters of batch normalisations are left out.
+
     Raises:
-      UserError: a damaged file or one of before PyTorch 1.6, one that holds more than tensors and
-        plain values, or one without a state dict of floating-point tensors.
+      UserError: a damaged file, one that holds more than tensors and plain values, or one without a
+        state dict of floating-point tensors.
     """
     try:
+        if is_legacy(path):
+            return _read_legacy(path)
         with zipfile.ZipFile(path) as archive:
             folder = _folder(archive)
             tensors = _state_dict(_structure(archive, folder), path)
-            return {name: _numbers(archive, folder, each) for name, each in tensors.items()}
+            return {
+                name: _numbers(each, _stored(archive, folder, each.storage))
+                for name, each in tensors.items()
+            }
     except _RefusedError as error:
         raise UserError(
             f"{str(path)!r} holds more than tensors ({error}), and reading it could run any code: "
@@ -83,9 +103,30 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         ) from error
     except (_DamagedError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(
-            f"{str(path)!r} is truncated, or no PyTorch checkpoint ({error}): fetch it again; one "
-            "of before PyTorch 1.6 must be saved anew"
+            f"{str(path)!r} is truncated, or no PyTorch checkpoint ({error}): fetch it again"
         ) from error
+
+
+def _read_legacy(path: Path) -> dict[str, np.ndarray]:
+    """The same of a file of before PyTorch 1.6."""
+    kinds: dict[str, str] = {}
+
+    def load(file: IO[bytes]) -> Any:
+        unpickler = _Unpickler(file)
+        content = _loaded(unpickler)
+        kinds.update((storage.key, storage.kind) for storage in unpickler.storages)
+        return content
+
+    def itemsizes() -> dict[str, int]:
+        return {key: ITEMSIZES[kind] for key, kind in kinds.items()}
+
+    with path.open("rb") as file:
+        try:
+            content, numbers = read_stream(file, load, itemsizes)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _DamagedError(str(error)) from error
+    tensors = _state_dict(content, path)
+    return {name: _numbers(each, numbers[each.storage.key]) for name, each in tensors.items()}
 
 
 def _folder(archive: zipfile.ZipFile) -> str:
@@ -110,6 +151,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
+        self.storages: list[Storage] = []
 
         # A pickle may set attributes of what it is given: this file's own get no other's.
         class Namespace:
@@ -131,10 +173,11 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any) -> Storage:
         """The storage that a reference names."""
-        typename, kind, key, _device, count = reference
-        if typename != "storage" or kind not in (*FLOATING, *OTHERS):
+        typename, kind, key, _device, count, *view = reference
+        if typename != "storage" or kind not in ITEMSIZES or any(view):
             raise _DamagedError(f"reference to a {typename}")
-        return Storage(kind, str(key), _natural(count))
+        self.storages.append(Storage(kind, str(key), _natural(count)))
+        return self.storages[-1]
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
@@ -153,12 +196,16 @@ def _natural(number: Any) -> int:
 
 def _structure(archive: zipfile.ZipFile, folder: str) -> Any:
     with archive.open(f"{folder}data.pkl") as file:
-        try:
-            return _Unpickler(file).load()
-        except (_RefusedError, _DamagedError, zipfile.BadZipFile):
-            raise
-        except Exception as error:  # there is no end to what a damaged pickle raises
-            raise _DamagedError(f"its pickle: {type(error).__name__}") from error
+        return _loaded(_Unpickler(file))
+
+
+def _loaded(unpickler: _Unpickler) -> Any:
+    try:
+        return unpickler.load()
+    except (_RefusedError, _DamagedError, zipfile.BadZipFile):
+        raise
+    except Exception as error:  # there is no end to what a damaged pickle raises
+        raise _DamagedError(f"its pickle: {type(error).__name__}") from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -169,7 +216,10 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping):
         raise UserError(f"{str(path)!r} holds a {type(content).__name__}, expected a state dict")
-    for name, value in content.items():
+    weights = {
+        str(name): value for name, value in content.items() if not str(name).endswith(COUNTER)
+    }
+    for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{str(path)!r} is no state dict: its {name!r} is no tensor")
         if value.storage.kind not in FLOATING:
@@ -177,27 +227,29 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 f"{str(path)!r}: tensor {name} is of {value.storage.kind}, expected one of "
                 f"{', '.join(FLOATING)}"
             )
-    return {str(name): tensor for name, tensor in content.items()}
+    return weights
 
 
-def _numbers(archive: zipfile.ZipFile, folder: str, tensor: Tensor) -> np.ndarray:
-    """The tensor's numbers as float32, in memory of their own."""
-    storage, dtype = tensor.storage, FLOATING[tensor.storage.kind]
+def _stored(archive: zipfile.ZipFile, folder: str, storage: Storage) -> bytes:
+    """The numbers of a storage."""
     name = f"{folder}data/{storage.key}"
+    return archive.read(name) if name in archive.namelist() else b""
+
+
+def _numbers(tensor: Tensor, content: bytes) -> np.ndarray:
+    """The tensor's numbers as float32, in memory of their own; `content` is its storage's."""
+    storage, dtype = tensor.storage, FLOATING[tensor.storage.kind]
     last = tensor.offset + sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
     )
     size = math.prod(tensor.shape)
     if size and (last >= storage.length or size > storage.length):
-        raise _DamagedError(f"a tensor reaches past the end of {name}")
-    if (
-        name not in archive.namelist()
-        or archive.getinfo(name).file_size != storage.length * dtype.itemsize
-    ):
-        raise _DamagedError(f"{name} is missing or of another size")
+        raise _DamagedError(f"a tensor reaches past the end of storage {storage.key}")
+    if len(content) != storage.length * dtype.itemsize:
+        raise _DamagedError(f"storage {storage.key} is missing or of another size")
     if not size:
         return np.zeros(tensor.shape, np.float32)
-    numbers = np.frombuffer(archive.read(name), dtype)[tensor.offset :]
+    numbers = np.frombuffer(content, dtype)[tensor.offset :]
     strides = [stride * dtype.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)
     return view.astype(np.float32, order="C")
