@@ -250,8 +250,8 @@ class EvaluationConfig:
     Attributes:
       num: class-balanced samples that are scored; 0 for no evaluation.
       every: steps between two scores, the last step among them; 0 for none on the way.
-      features: `inception`, `dinov2`, `pixels` or `classifier`; see docs/evaluation.md.
-      weights: file or folder of inception's or dinov2's weights; empty to fetch them.
+      features: `inception`, `pixels` or `classifier`; see docs/evaluation.md.
+      weights: file of inception's weights; empty to fetch it.
       reference: .npz of the real images; empty for one of the run's own, which `pixels` and
         `classifier` make.
     """

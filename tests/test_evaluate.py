@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,7 +310,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[Any, ...]] = {
     "no workdir": ([], "--workdir is missing, or --images"),
     "not a workdir": (["--workdir={pictures}"], "is not a workdir"),
     "no checkpoint": (["--workdir={pictures}/empty/run"], "has no checkpoint yet: train first"),

@@ -55,7 +55,7 @@ class Choice:
 
     Attributes:
       features: one of FEATURES.
-      weights: file or folder of inception's or dinov2's; empty to fetch them.
+      weights: file of inception's; empty to fetch them.
       sha256: checksum that the file must have; empty for the known one.
       variant: how inception's images are prepared; see metrics/extractors.py.
     """
