@@ -39,7 +39,7 @@ STEPS, BATCH_SIZE = 800, 128
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_SHARE = 3e-3, 0.05, 0.1
 HELD_OUT = 10  # every tenth image says how good it is, and is not trained on
 PREDICTED_AT_ONCE = 500
-FORMAT = "1"
+FORMAT = 1
 
 
 class Network(nnx.Module):
@@ -120,9 +120,9 @@ def load_classifier(path: Path, image_shape: tuple[int, int, int]) -> Classifier
         with safe_open(path, "numpy") as file:
             fields = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if fields.get("format") != FORMAT:
+        described = json.loads(fields.get("classifier", "{}"))
+        if described.get("format") != FORMAT:
             raise UserError(f"{str(path)!r} is no classifier of ours: delete it, it is made again")
-        described = json.loads(fields["classifier"])
         shape, num_classes = tuple(described["image_shape"]), described["num_classes"]
     except FileNotFoundError:
         raise UserError(f"there is no classifier {str(path)!r}") from None
@@ -275,6 +275,7 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 
 def _save(path: Path, classifier: Classifier) -> None:
     described = {
+        "format": FORMAT,
         "image_shape": classifier.image_shape,
         "num_classes": classifier.num_classes,
         "accuracy": classifier.accuracy,
@@ -283,7 +284,7 @@ def _save(path: Path, classifier: Classifier) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix="." + path.name)
     os.close(descriptor)
-    metadata = {"format": FORMAT, "classifier": json.dumps(described)}
-    save_file(_flat(classifier.parameters), name, metadata)
+    # One entry: safetensors writes several in any order, and the same file is to come out.
+    save_file(_flat(classifier.parameters), name, {"classifier": json.dumps(described)})
     Path(name).chmod(0o644)
     Path(name).replace(path)
