@@ -7,8 +7,8 @@ Variants:  --config=configs/cifar10.py:size=B,attention=relu,process=flow
            --config=configs/cifar10.py --config.model.patch_size=4
 Hardware:  `recipe=dit` is made for one accelerator or more and has not been run at full length by
            this project; `recipe=short` for 2 CPU cores.
-Time:      `recipe=short,size=tiny,process=flow`: 25 minutes on 2 cores of an x86-64 machine that had
-           other work to do as well. `recipe=dit`: not measured.
+Time:      `recipe=short,size=tiny,process=flow`: 25 minutes on 2 cores of an x86-64 machine,
+           which had other work to do as well. `recipe=dit`: not measured.
 Result:    of that run, docs/results.md; of others, not measured.
 
 `recipe=dit` is DiT's own: constant rate, batch 256, 400K steps, patch 2. `recipe=short` is for what
@@ -91,4 +91,5 @@ def get_config(argument: str = "") -> ConfigDict:
         optimizer=recipe.optimizer,
         train=recipe.train,
         sampling=c.SamplingConfig(steps=recipe.sampling_steps, batch_size=100),
+        evaluation=c.EvaluationConfig(features="classifier"),
     ).to_dict()

@@ -36,5 +36,5 @@ def get_config(argument: str = "") -> ConfigDict:
         ),
         train=c.TrainConfig(steps=1_400, log_every=50, checkpoint_every=350, sample_every=700),
         sampling=c.SamplingConfig(steps=50, guidance_scale=1.5, batch_size=250),
-        evaluation=c.EvaluationConfig(num=1_000),
+        evaluation=c.EvaluationConfig(num=1_000, features="classifier"),
     ).to_dict()

@@ -241,13 +241,31 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured when training ends.
+    """What samples are measured by, on the way and when training ends.
+
+    With `every`, scores go to TensorBoard and metrics.jsonl, named after their features. When
+    training ends, small images (without `every`, or with the features `pixels` or `classifier`) get
+    a report by pixels too.
 
     Attributes:
       num: class-balanced samples that are scored; 0 for no evaluation.
+      every: steps between two scores, the last step among them; 0 for none on the way.
+      features: `inception`, `pixels` or `classifier`; see docs/evaluation.md.
+      weights: file of inception's weights; empty to fetch it.
+      reference: .npz of the real images; empty for one of the run's own, which `pixels` and
+        `classifier` make.
     """
 
     num: int = 0
+    every: int = 0
+    features: str = "inception"
+    weights: str = ""
+    reference: str = ""
+
+    @property
+    def reports(self) -> bool:
+        """Whether small images get a report by pixels when training ends."""
+        return bool(self.num) and (not self.every or self.features in ("pixels", "classifier"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,6 +311,8 @@ class Config:
             )
         if self.evaluation.num == 1:
             raise UserError("evaluation.num must be 0, or at least 2 to have a spread; got 1")
+        if self.evaluation.every and not self.evaluation.num:
+            raise UserError("evaluation.every needs samples to score: set evaluation.num")
         if self.optimizer.mu_dtype not in MOMENT_DTYPES:
             raise unknown_name("moment dtype", self.optimizer.mu_dtype, MOMENT_DTYPES)
         if not 0.0 <= self.optimizer.ema_decay < 1.0:
@@ -364,6 +384,7 @@ _LEAST = {
     "sampling.batch_size": 1,
     "sampling.grid_rows": 1,
     "evaluation.num": 0,
+    "evaluation.every": 0,
 }
 
 # Sections whose fields may change between two starts of one run: where it runs, how long it goes

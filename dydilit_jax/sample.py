@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
-from dydilit_jax import cli
+from dydilit_jax import cli, sampling_flags
 from dydilit_jax.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -45,49 +45,12 @@ _VAE = flags.DEFINE_string(
 )
 _LABELS = flags.DEFINE_string("labels", "", "Labels to draw, like 0,1,2; empty for all of them.")
 _NUM = flags.DEFINE_integer("num", 30, "Images to draw; the labels take turns.", lower_bound=1)
-_SAMPLER = flags.DEFINE_string("sampler", None, "Name of a sampler; default: the config's.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of the sampler; default: the config's.")
-_OPTIONS = flags.DEFINE_string("options", None, "Fields of the sampler, like eta=0.5.")
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "1 for none; default: the config's.")
-_GUIDANCE_INTERVAL = flags.DEFINE_string(
-    "guidance_interval", None, "Times LOW,HIGH within which guidance acts: 0 data, 1 noise."
-)
-_GUIDANCE_CHANNELS = flags.DEFINE_integer(
-    "guidance_channels", None, "Guide the first so many channels; 0 for all."
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at once; default: the config's.")
+_SAMPLING = sampling_flags.define()
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; an image depends on it, its index and label alone.")
 _OUT = flags.DEFINE_string(
     "out", "samples.png", "A .png for one grid, a folder for a PNG each, or an .npz."
 )
 _FORMAT = flags.DEFINE_string("format", None, "png or npz; default: what --out ends in.")
-
-
-def parse_labels(text: str, num_classes: int) -> np.ndarray:
-    """Labels of a comma-separated list, all of them for an empty one.
-
-    Raises:
-      UserError: a part that is no whole number, or outside 0 to num_classes - 1.
-    """
-    from dydilit_jax.training.generation import check_labels
-
-    if not text:
-        return np.arange(num_classes)
-    try:
-        labels = np.asarray([int(part) for part in text.split(",")])
-    except ValueError as error:
-        raise UserError(f"--labels={text} expects whole numbers, like 0,1,2") from error
-    check_labels(labels, num_classes)
-    return labels
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """LOW,HIGH as numbers; their range is checked where they are used."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--guidance_interval={text} expects two numbers, like 0.1,0.9") from error
-    return low, high
 
 
 def output_format(out: Path, name: str | None) -> str:
@@ -117,22 +80,6 @@ def output_format(out: Path, name: str | None) -> str:
     return name
 
 
-def sampling_from_flags() -> dict[str, Any]:
-    """The fields of a config's section `sampling` that flags give."""
-    fields: dict[str, Any] = {
-        "sampler": _SAMPLER.value,
-        "steps": _STEPS.value,
-        "options": _OPTIONS.value,
-        "guidance_scale": _GUIDANCE_SCALE.value,
-        "guidance_channels": _GUIDANCE_CHANNELS.value,
-        "batch_size": _BATCH_SIZE.value,
-    }
-    if _GUIDANCE_INTERVAL.value is not None:
-        low, high = parse_interval(_GUIDANCE_INTERVAL.value)
-        fields |= {"guidance_low": low, "guidance_high": high}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
 def load() -> Trained:
     """The network that --workdir or --weights names.
 
@@ -144,7 +91,7 @@ def load() -> Trained:
 
     if _WORKDIR.value and _WEIGHTS.value:
         raise UserError("give either --workdir, of a run, or --weights, a file")
-    sampling = sampling_from_flags()
+    sampling = _SAMPLING()
     if _WEIGHTS.value:
         return load_weights(
             _WEIGHTS.value,
@@ -177,7 +124,7 @@ def main() -> None:
 
     trained = load()
     config = trained.config
-    choices = parse_labels(_LABELS.value, config.model.num_classes)
+    choices = sampling_flags.parse_labels(_LABELS.value, config.model.num_classes)
     labels = np.resize(choices, _NUM.value)
     decode = trained.decode
     asked = {

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.sample import parse_labels
+from dydilit_jax.sampling_flags import parse_labels
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.writers import read_metrics
 from tests.autoencoders.test_diffusers import FIXTURES as AUTOENCODERS

@@ -14,8 +14,8 @@ from dydilit_jax.training.chips import CHIPS
 from dydilit_jax.training.collectives import Collective
 from dydilit_jax.training.compile_search import candidates, line, ranked, search
 from dydilit_jax.training.costs import Cost, Work
-from dydilit_jax.training.lowering import Program
 from dydilit_jax.training.hbm import Memory, Shortage
+from dydilit_jax.training.lowering import Program
 from dydilit_jax.training.roofline import roofline
 from dydilit_jax.training.topology import TOPOLOGIES, Topology, group_bandwidth, parse_topology
 from tests.commands import assert_one_line

@@ -12,7 +12,8 @@ from dydilit_jax import sample
 from dydilit_jax.config import Config, DiffusionConfig, SamplingConfig
 from dydilit_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Euler
 from dydilit_jax.errors import UserError
-from dydilit_jax.sample import output_format, parse_interval, parse_labels
+from dydilit_jax.sample import output_format
+from dydilit_jax.sampling_flags import parse_interval, parse_labels
 from dydilit_jax.training import request
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.state import Network, configured_sampler

@@ -7,13 +7,63 @@ that was asked for.
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
+import jax
 import numpy as np
 
 from dydilit_jax.data.sources import Source
 from dydilit_jax.errors import UserError
+from dydilit_jax.metrics.features import Features, to_levels
 from dydilit_jax.metrics.frechet import frechet_distance, moments
 
 FLOOR_SPLITS = 20
+LARGEST_SIDE = 64  # of images whose pixels are features; a covariance is of (H W C)^2 numbers
+
+
+class PixelFeatures:
+    """The pixels themselves, in [-1, 1], as features of small images (features.Extractor).
+
+    Args:
+      image_shape: (H, W, C).
+
+    Raises:
+      UserError: images of more than LARGEST_SIDE pixels a side.
+    """
+
+    name = "pixel"
+    spatial_width = 0
+    num_classes = 0
+
+    def __init__(self, image_shape: tuple[int, int, int]):
+        check_small("pixels", image_shape)
+        height, width, channels = self.image_shape = image_shape
+        self.width = height * width * channels
+        self.description = f"pixels of images {height} x {width} x {channels} in [-1, 1]"
+        self.checksum = hashlib.sha256(self.description.encode()).hexdigest()
+        self.parameters: Any = {}
+
+    def apply(self, parameters: Any, images: jax.Array) -> Features:
+        """Features (n, H W C) of images (n, H, W, C)."""
+        pixels = levels_of(images, self.image_shape) / 127.5 - 1.0
+        return Features(pixels.reshape(len(images), -1))
+
+
+def check_small(features: str, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where images are too large for features of this name."""
+    if max(image_shape[:2]) > LARGEST_SIDE:
+        raise UserError(
+            f"--features={features} is for images of up to {LARGEST_SIDE} pixels a side, these "
+            f"have {image_shape[0]}: use --features=inception"
+        )
+
+
+def levels_of(images: jax.Array, image_shape: tuple[int, int, int]) -> jax.Array:
+    """Images as features.to_levels has them, but with their own channels; checks their shape."""
+    if images.shape[1:] != image_shape:
+        raise UserError(f"images of {images.shape[1:]}, features of {image_shape}: not one size")
+    return to_levels(images)[..., : image_shape[-1]]
 
 
 def read_all(source: Source) -> tuple[np.ndarray, np.ndarray]:

@@ -65,10 +65,19 @@ class Checkpointer:
       workdir: the run's directory.
       keep: newest checkpoints that are kept; None never deletes (readers).
       keep_every: checkpoints of multiples of so many steps are kept as well; 0 for none.
+      only: the one step whose checkpoint is read; None for the newest (readers).
     """
 
-    def __init__(self, workdir: Path, keep: int | None = None, keep_every: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int | None = None,
+        keep_every: int = 0,
+        *,
+        only: int | None = None,
+    ):
         self._workdir = workdir
+        self._only = only
         self._folder = (workdir / CHECKPOINTS).resolve()
         self._keep, self._keep_every = keep, keep_every
         self._orbax = _orbax()
@@ -221,7 +230,9 @@ class Checkpointer:
         return [
             step
             for step in self._steps()
-            if step not in self._damaged and is_finished(self._folder / str(step))
+            if step not in self._damaged
+            and self._only in (None, step)
+            and is_finished(self._folder / str(step))
         ]
 
     def _unfinished(self) -> list[Path]:
@@ -328,6 +339,13 @@ class Checkpointer:
         )
 
     def _none(self) -> UserError:
+        if self._only is not None:
+            there = [step for step in self._steps() if is_finished(self._folder / str(step))]
+            has = ", ".join(map(str, there)) or "none"
+            return UserError(
+                f"workdir {str(self._workdir)!r} has no checkpoint of step {self._only}; it has: "
+                f"{has}"
+            )
         return UserError(f"workdir {str(self._workdir)!r} has no checkpoint yet: train first")
 
     def _say(self, line: str) -> None:

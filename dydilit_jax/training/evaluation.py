@@ -1,9 +1,10 @@
-"""What a run shows of itself: sample grids on the way, scores at the end."""
+"""What a run shows of itself: sample grids and scores on the way, a report at the end."""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,14 +13,30 @@ from jax.sharding import Mesh
 
 from dydilit_jax.data.sources import Source
 from dydilit_jax.drawing import draw_grid, save_png
+from dydilit_jax.metrics.features import Features, compile_extractor
 from dydilit_jax.metrics.pixels import pixel_scores
+from dydilit_jax.metrics.scoring import Scorer
 from dydilit_jax.training.agreement import of_first_process
-from dydilit_jax.training.decoding import Decode, make_decoder
+from dydilit_jax.training.comparison import (
+    REFERENCES,
+    Choice,
+    Comparison,
+    open_comparison,
+    real_images,
+)
+from dydilit_jax.training.decoding import Decode, configured_autoencoder, make_decoder
 from dydilit_jax.training.generation import generate_images
 from dydilit_jax.training.interruption import Interruption
 from dydilit_jax.training.optimizer import ema_parameters
+from dydilit_jax.training.scoring import (
+    Drawing,
+    check_count,
+    fitting_batch,
+    score_batches,
+    scores_of,
+)
 from dydilit_jax.training.state import Network, TrainState
-from dydilit_jax.training.storage import tolerated
+from dydilit_jax.training.storage import tolerated, warn
 from dydilit_jax.training.writers import Writers, read_metrics
 
 SAMPLE_SEED = 0
@@ -52,11 +69,76 @@ class Evaluation:
         self.config = network.config
         self.network, self.mesh, self.source = network, mesh, source
         self.workdir, self.writers, self.interruption = workdir, writers, interruption
+        self._warned = False
 
     @functools.cached_property
     def _decode(self) -> Decode:
         """Pixels of the network's output; latents stay as they are without an autoencoder."""
         return make_decoder(self.config.autoencoder)
+
+    def prepare(self) -> None:
+        """Opens, or makes, what samples are compared with on the way; a collective.
+
+        Raises:
+          UserError: as comparison.open_comparison.
+        """
+        if self.config.evaluation.every:
+            check_count(self.config.evaluation.num)
+            _ = self._comparison
+
+    @functools.cached_property
+    def _drawing(self) -> Drawing:
+        section = self.config.autoencoder
+        autoencoder = configured_autoencoder(section).autoencoder if section.weights else None
+        return Drawing(self.network, self.config.sampling, self.mesh, autoencoder)
+
+    @functools.cached_property
+    def _comparison(self) -> Comparison:
+        section = self.config.evaluation
+        shape = self._drawing.image_shape
+        return open_comparison(
+            Choice(features=section.features, weights=section.weights),
+            Path(section.reference) if section.reference else None,
+            image_shape=shape,
+            own=lambda: real_images(self.config, shape),
+            folder=self.workdir / REFERENCES,
+            mesh=self.mesh,
+        )
+
+    @functools.cached_property
+    def _extract(self) -> Callable[[jax.Array], Features]:
+        return compile_extractor(self._comparison.extractor, self.mesh)
+
+    def has_scores(self, step: int) -> bool:
+        """Whether the scores of a step are written."""
+        return bool(of_first_process(self._written(step, "num_images") is not None))
+
+    def measure(self, state: TrainState) -> bool:
+        """Scores samples by the config's features; False if stopped meanwhile."""
+        step, num = int(state.step), self.config.evaluation.num
+        images = self._drawing.images(
+            ema_parameters(state.ema, self.config.optimizer), self._balanced(num), SAMPLE_SEED
+        )
+        scorer = Scorer(self._comparison.extractor)
+        if not score_batches(
+            images,
+            self._extract,
+            scorer,
+            num,
+            batch_size=fitting_batch(self.config.sampling.batch_size, num, self.mesh),
+            stopped=self.interruption.agreed_now,
+        ):
+            return False
+        scores, warned = scores_of(scorer, self._comparison.reference, self.mesh)
+        if jax.process_index() == 0:
+            for line in warned if not self._warned else ():
+                warn(line)
+            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            print(f"step {step}  {told}", file=sys.stderr, flush=True)
+        self._warned = True
+        with tolerated(f"scores of step {step}"):
+            self.writers.scalars(step, scores)
+        return True
 
     def samples(self, state: TrainState, labels: np.ndarray) -> np.ndarray | None:
         """Images (n, H, W, C) for labels (n,); None if the run was asked to stop meanwhile."""
@@ -111,7 +193,7 @@ class Evaluation:
     def score(self, state: TrainState) -> bool:
         """Scores class-balanced samples and says how good they are; False if stopped meanwhile."""
         step = int(state.step)
-        scores = self._written_scores(step)
+        scores = self._written(step, "label_agreement")
         if not of_first_process(scores is not None and self.grid_path(step).is_file()):
             scores = self._new_scores(state)
             if scores is None:
@@ -131,15 +213,19 @@ class Evaluation:
             )
         return True
 
-    def _written_scores(self, step: int) -> dict[str, float] | None:
+    def _written(self, step: int, name: str) -> dict[str, float] | None:
+        """The record of a step that has a value of this name."""
         records = read_metrics(self.workdir)
-        return next((r for r in records if r["step"] == step and "label_agreement" in r), None)
+        return next((r for r in records if r["step"] == step and name in r), None)
+
+    def _balanced(self, count: int) -> np.ndarray:
+        return np.arange(count) % self.config.model.num_classes
 
     def _new_scores(self, state: TrainState) -> dict[str, float] | None:
         """Draws and writes scores and grid of the state; None if stopped meanwhile."""
         count = self.config.evaluation.num
         print(f"drawing {count} samples to score ...", file=sys.stderr, flush=True)
-        labels = np.arange(count) % self.config.model.num_classes
+        labels = self._balanced(count)
         images = self.samples(state, labels)
         if images is None or not self.draw_grid(state):
             return None

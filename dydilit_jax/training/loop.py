@@ -205,6 +205,23 @@ class Run:
         self.progress.resume()
         return drawn
 
+    def measure(self, state: TrainState) -> bool:
+        """Scores samples of the state's step; False if the run was asked to stop."""
+        self.progress.pause()
+        with self.meter.measure("samples"):
+            measured = self.evaluation.measure(state)
+        self.progress.resume()
+        return measured
+
+    def finish(self, state: TrainState) -> None:
+        """What is shown of a run that has come to its end."""
+        evaluation = self.config.evaluation
+        measured = not evaluation.every or self.evaluation.has_scores(int(state.step))
+        if not (measured or self.evaluation.measure(state)):
+            print("stopped while scoring; run again to go on", flush=True)
+        elif evaluation.reports:
+            self.evaluation.score(state)
+
     def save(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
         """Starts saving a checkpoint."""
         with raised_together():
@@ -286,9 +303,10 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
     with locked(workdir) as lock, stop_signals() as requested:
         run.open(lock, requested)
         try:
+            run.evaluation.prepare()
             state = _loop(run, min(stop_step or math.inf, config.train.steps))
-            if int(state.step) >= config.train.steps and config.evaluation.num:
-                run.evaluation.score(state)
+            if int(state.step) >= config.train.steps:
+                run.finish(state)
         finally:
             run.close()
     return state
@@ -301,10 +319,13 @@ def _loop(run: Run, last_step: float) -> TrainState:
     if step >= last_step:
         print(f"{run.workdir} is finished: {step} steps", flush=True)
         return state
-    shown = run.config.evaluation.num and intervals.steps  # The last grid comes with the scores.
+    evaluation = run.config.evaluation
+    shown = evaluation.reports and intervals.steps  # The last grid comes with the report.
     stop = False
     if step and due(step, intervals.sample_every) and not run.evaluation.has_grid(step):
         stop = not run.evaluation.draw_grid(state)  # The run had ended before it was drawn.
+    if step and not stop and due(step, evaluation.every) and not run.evaluation.has_scores(step):
+        stop = not run.evaluation.measure(state)
     train_step = compile_step(run.network, run.mesh, run.teacher)
     previous: Dispatched | None = None
     while not stop:
@@ -330,9 +351,10 @@ def _loop(run: Run, last_step: float) -> TrainState:
         streak = run.recovery.streak
         stop = run.interruption.agreed() or step >= last_step
         draws = due(step, intervals.sample_every) and step != shown
+        measures = due(step, evaluation.every) and step != intervals.steps  # finish() does those.
         saves = due(step, intervals.checkpoint_every, streak)
         retries = run.wants_retry(step)
-        used = stop or draws or saves or retries or streak > 0
+        used = stop or draws or measures or saves or retries or streak > 0
         if used and not (problem and streak >= intervals.rollback_after):
             reviewed = newest
             problem = run.review(newest, log=stop or due(step, intervals.log_every))
@@ -349,6 +371,8 @@ def _loop(run: Run, last_step: float) -> TrainState:
             run.save(state, newest.position, scheduled)
         if draws and not (stop and step < last_step):
             stop = not run.draw(state) or stop
+        if measures and not (stop and step < last_step):
+            stop = not run.measure(state) or stop
         if stop:
             run.save_last(state, newest.position, scheduled)
     if step < intervals.steps:

@@ -17,7 +17,6 @@ from dydilit_jax.models.count import multiply_adds
 from dydilit_jax.training.collectives import Collective, collectives
 from dydilit_jax.training.costs import unknown_kernels, work
 from dydilit_jax.training.generation import jit_generator
-from dydilit_jax.training.hlo import parse, schedule
 from dydilit_jax.training.hbm import (
     Memory,
     Shortage,
@@ -25,6 +24,7 @@ from dydilit_jax.training.hbm import (
     compiled_memory,
     shortage,
 )
+from dydilit_jax.training.hlo import parse, schedule
 from dydilit_jax.training.roofline import Roofline, roofline
 from dydilit_jax.training.sharding import (
     AXES,

@@ -13,7 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -40,23 +40,7 @@ class Parts:
 
     def __init__(self, out: Path, request: dict[str, Any]):
         self.folder = parts_folder(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "request.json"
-        request = json.loads(json.dumps(request))
-        if path.is_file():
-            before = json.loads(path.read_text())
-            differing = sorted(
-                name
-                for name in before.keys() | request.keys()
-                if before.get(name) != request.get(name)
-            )
-            if differing:
-                raise UserError(
-                    f"{str(self.folder)!r} holds part of another request, with another "
-                    f"{', '.join(differing)}: finish that one, delete the folder, or change --out"
-                )
-        else:
-            _atomically(path, lambda file: file.write_text(json.dumps(request, indent=2)))
+        claim(self.folder, request)
 
     def files(self) -> list[Path]:
         """Finished parts, in order, as far as they follow on one another."""
@@ -92,6 +76,43 @@ class Parts:
         shutil.rmtree(self.folder)
 
 
+class Readable(Protocol):
+    """What images are read from."""
+
+    def read(self) -> Iterator[np.ndarray]:
+        """The images (b, H, W, C) uint8 in order, part by part."""
+        ...
+
+
+def claim(folder: Path, request: dict[str, Any]) -> None:
+    """Makes the folder of a request, or checks that it is this one's.
+
+    Args:
+      folder: of unfinished work.
+      request: all that decides what the work is; plain values.
+
+    Raises:
+      UserError: it holds part of another request (names what differs).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "request.json"
+    request = json.loads(json.dumps(request))
+    if not path.is_file():
+        _atomically(path, lambda file: file.write_text(json.dumps(request, indent=2)))
+    elif differing := differing_names(json.loads(path.read_text()), request):
+        raise UserError(
+            f"{str(folder)!r} holds part of another request, with another "
+            f"{', '.join(differing)}: finish that one, delete the folder, or change --out"
+        )
+
+
+def differing_names(before: dict[str, Any], request: dict[str, Any]) -> list[str]:
+    """Names of the fields in which two requests differ."""
+    return sorted(
+        name for name in before.keys() | request.keys() if before.get(name) != request.get(name)
+    )
+
+
 def _atomically(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name("unfinished_" + path.name)
     write(unfinished)
@@ -106,7 +127,7 @@ def draw_parts(parts: Parts, batches: Iterable[np.ndarray], first: int) -> Itera
         yield len(images)
 
 
-def write_npz(parts: Parts, labels: np.ndarray, out: Path) -> None:
+def write_npz(parts: Readable, labels: np.ndarray, out: Path) -> None:
     """One .npz with `arr_0` (n, H, W, C) uint8 and `arr_1` (n,) labels, as ADM's evaluator reads.
 
     Written part by part: the images are never in memory together.

@@ -109,7 +109,7 @@ def load_run(workdir: Path | str, **sampling: Any) -> Trained:
     config = load_config(workdir)
     if not has_checkpoint(workdir):
         raise UserError(f"workdir {str(workdir)!r} has no checkpoint yet: train first")
-    config = _checked(config, sampling)
+    config = with_sampling(config, sampling)
     mesh = mesh_for(config)
     network = Network.create(config)
     step, ema = Checkpointer(workdir).restore_ema(abstract_state(network, mesh))
@@ -161,7 +161,7 @@ def load_weights(
     if time_frequency_shift is not None:
         model = dataclasses.replace(pretrained.config, time_frequency_shift=time_frequency_shift)
         pretrained = pretrained._replace(config=model)
-    config = _checked(weights_config(pretrained, file, autoencoder), sampling)
+    config = with_sampling(weights_config(pretrained, file, autoencoder), sampling)
     network = Network.create(config)
     if network.out_channels != pretrained.out_channels:
         raise UserError(
@@ -242,7 +242,7 @@ def _beside(file: Path) -> str:
     return str(autoencoder) if folder.name == "transformer" and autoencoder.is_dir() else ""
 
 
-def _checked(config: Config, sampling: dict[str, Any]) -> Config:
+def with_sampling(config: Config, sampling: dict[str, Any]) -> Config:
     """The config with fields of its section `sampling` in place of its own, through its checks."""
     section = dataclasses.asdict(config.sampling) | sampling
     return Config.from_dict(dataclasses.asdict(config) | {"sampling": section})

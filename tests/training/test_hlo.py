@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.training.collectives import axes_of, collectives, replica_groups, table
 from dydilit_jax.training.costs import unknown_kernels, work
-from dydilit_jax.training.hlo import Module, Schedule, arrays_of, parse, schedule
 from dydilit_jax.training.hbm import activation_bytes, shortage
+from dydilit_jax.training.hlo import Module, Schedule, arrays_of, parse, schedule
 from tests.tiny import mesh_of
 
 # What libtpu writes, shortened: a scan of 28 trips without a known count, within it a loop of two;
