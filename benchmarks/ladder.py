@@ -90,13 +90,13 @@ class Budget:
       depth, width, batch_size, learning_rate: of every network and its training.
     """
 
-    steps: int = 500
+    steps: int = 400
     points: int = 5
     draws: int = 4
     samples: int = 500
     depth: int = 3
     width: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     learning_rate: float = 2e-3
 
 
