@@ -1,4 +1,4 @@
-"""Does each idea of DyDiLA help? One rung after the other, from plain linear attention to all of it.
+"""Does each idea of DyDiLA help? From plain linear attention to all of it, rung by rung.
 
     python -m benchmarks.ladder --measure_cost --data digits cifar10 --data_dir=DIR
     python -m benchmarks.ladder --data digits cifar10 --data_dir=DIR --seeds 0 1 2
@@ -20,7 +20,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,8 @@ class Task:
 
 
 TASKS = {
-    "digits": Task(
-        source="digits", image_size=8, channels=1, patch_size=1, flip=False, held=397
-    ),
-    "cifar10": Task(
-        source="cifar10", image_size=32, channels=3, patch_size=4, flip=True, held=400
-    ),
+    "digits": Task(source="digits", image_size=8, channels=1, patch_size=1, flip=False, held=397),
+    "cifar10": Task(source="cifar10", image_size=32, channels=3, patch_size=4, flip=True, held=400),
 }
 
 
@@ -193,31 +189,22 @@ def load_split(task: Task, data_dir: str) -> tuple[Source, ArraySource]:
     return source, stack(test, rng.permutation(len(test))[: task.held].tolist())
 
 
-class HeldOutLoss:
+def held_out_loss(network: Network, held: ArraySource, draws: int) -> Callable[[Any], list[float]]:
     """The process's loss on held-out images, with the same times and noise for every network.
 
-    Labels are not dropped. Given parameters it returns the mean over images, (draws,), one value
-    for each set of times and noise: their scatter is that of the measure itself.
+    Labels are not dropped. The function takes parameters and returns the mean over images for each
+    of so many draws of times and noise: their scatter is that of the measure itself.
     """
+    images, labels = jnp.asarray(held.images), jnp.asarray(held.labels)
+    keys = jax.random.split(jax.random.key(LOSS_SEED), draws)
 
-    def __init__(self, network: Network, held: ArraySource, draws: int):
-        images, labels = jnp.asarray(held.images), jnp.asarray(held.labels)
-        keys = jax.random.split(jax.random.key(LOSS_SEED), draws)
+    @jax.jit
+    def draw(parameters: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        module = network.module(parameters)
+        losses, _ = network.process.loss(lambda x, time: module(x, time, labels)[0], images, key)
+        return jnp.mean(losses)
 
-        def draw(parameters: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-            module = network.module(parameters)
-            losses, _ = network.process.loss(
-                lambda x, time: module(x, time, labels)[0], images, key
-            )
-            return jnp.mean(losses)
-
-        compiled = jax.jit(draw)
-        self._measure = lambda parameters: [
-            float(compiled(parameters, images, labels, key)) for key in keys
-        ]
-
-    def __call__(self, parameters: Any) -> list[float]:
-        return self._measure(parameters)
+    return lambda parameters: [float(draw(parameters, images, labels, key)) for key in keys]
 
 
 def steps_in_seconds(costs: dict[str, float], variant: str, steps: int) -> int:
@@ -271,7 +258,7 @@ def run_job(
         horizontal_flip=config.data.horizontal_flip,
         read_threads=config.data.read_threads,
     )
-    measure = HeldOutLoss(network, held, budget.draws)
+    measure = held_out_loss(network, held, budget.draws)
     state, step = create_state(network, mesh), compile_step(network, mesh)
     every = budget.steps // budget.points
     curve: dict[int, float] = {}
