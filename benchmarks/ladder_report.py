@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ladder import ABLATIONS, ALL_VARIANTS, TASKS, load_split, read_costs, stack
+from benchmarks.ladder import read_costs
+from benchmarks.ladder_variants import ABLATIONS, ALL_VARIANTS, TASKS, load_split, stack
 from dydilit_jax.metrics.frechet import Moments, frechet_distance, moments
 from dydilit_jax.metrics.pixels import label_agreement
 

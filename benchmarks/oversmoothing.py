@@ -30,8 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.ladder import ALL_VARIANTS, TASKS, VARIANTS, Job, load_split
+from benchmarks.ladder import Job
 from benchmarks.ladder_report import mean_and_error
+from benchmarks.ladder_variants import ALL_VARIANTS, TASKS, VARIANTS, load_split
 from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.kernels.dydila.features import CoreInputs, Exponents
 from dydilit_jax.kernels.dydila.reference import attention_weights
@@ -239,7 +240,7 @@ def draw_maps(
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Every measure, mean over layers and times, with the standard error over seeds, in markdown."""
+    """In markdown, every measure: mean over layers and times, standard error over seeds."""
     lines = ["| variant | " + " | ".join(name.replace("_", " ") for name in MEASURES) + " |"]
     lines.append("|" + "---|" * (len(MEASURES) + 1))
     for variant, runs in results.items():
