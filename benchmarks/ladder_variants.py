@@ -50,7 +50,7 @@ class Budget:
       points: times at which the loss is measured, evenly over the steps.
       draws: times and noises that the loss of each held-out image is a mean of.
       samples: images drawn at the end of each budget.
-      depth, width, batch_size, learning_rate: of every network and its training.
+      depth, width, batch_size, learning_rate, warmup_steps: of every network and its training.
     """
 
     steps: int = 400
@@ -61,6 +61,7 @@ class Budget:
     width: int = 64
     batch_size: int = 16
     learning_rate: float = 2e-3
+    warmup_steps: int = 33
 
 
 def _linear(**fields: Any) -> AttentionConfig:
@@ -124,7 +125,7 @@ def make_config(task: Task, variant: str, seed: int, budget: Budget, data_dir: s
         ),
         optimizer=OptimizerConfig(
             learning_rate=budget.learning_rate,
-            warmup_steps=budget.steps // 12,
+            warmup_steps=budget.warmup_steps,
             clip_norm=1.0,
             ema_decay=0.99,
         ),
