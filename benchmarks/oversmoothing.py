@@ -47,6 +47,7 @@ from dydilit_jax.models.pretrained import load_pretrained
 
 MEASURES = ("entropy", "effective_rank", "negative", "token_similarity")
 NOISE_SEED = 4
+SHOWN_HEADS = 2
 Mixer = SoftmaxAttention | LinearAttention | DyDiLA
 
 
@@ -192,16 +193,16 @@ def plot(results: dict[str, list[dict]], times: Sequence[float], task: str, path
         grid[1, column].set(xlabel="time (0 data, 1 noise)")
         for axes in grid[:, column]:
             axes.grid(alpha=0.3)
-    grid[0, -1].legend(fontsize=8)
-    seeds = len(next(iter(results.values())))
-    figure.suptitle(f"{task}: attention of trained networks, mean of {seeds} seeds")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    seeds = "/".join(str(each) for each in sorted({len(runs) for runs in results.values()}))
+    figure.suptitle(f"{task}: attention of trained networks, mean of {seeds} seed(s)")
     figure.savefig(path, dpi=100)
 
 
 def draw_maps(
     maps: dict[str, np.ndarray], image: np.ndarray, grid: tuple[int, int], title: str, path: Path
 ) -> None:
-    """Draws a row of A of each variant, layer and head on the token grid.
+    """Draws a row of A of each variant, layer and head (the first SHOWN_HEADS) on the token grid.
 
     Args:
       maps: A of one image by variant, (layers, H, N, N).
@@ -217,6 +218,7 @@ def draw_maps(
 
     rows, columns = grid
     token = (rows // 2) * columns + columns // 2
+    maps = {variant: a[:, :SHOWN_HEADS] for variant, a in maps.items()}
     widest = max(a.shape[0] * a.shape[1] for a in maps.values())
     figure, panels = pyplot.subplots(
         len(maps), widest + 1, figsize=(1.05 * (widest + 2), 1.2 * len(maps)), layout="constrained"
