@@ -221,7 +221,7 @@ def measure_cost(
 
     On a CPU the process's own seconds, which other programs on the machine do not lengthen.
     """
-    calls = {}
+    calls: dict[str, Callable[[], Any]] = {}
     split = load_split(task, data_dir)
     for variant in variants:
         config = make_config(task, variant, 0, budget, data_dir)

@@ -48,13 +48,13 @@ from dydilit_jax.models.pretrained import load_pretrained
 MEASURES = ("entropy", "effective_rank", "negative", "token_similarity")
 NOISE_SEED = 4
 SHOWN_HEADS = 2
-Mixer = SoftmaxAttention | LinearAttention | DyDiLA
 
 
-def explicit_weights(mixer: Mixer, x: jax.Array, context: Context) -> jax.Array:
+def explicit_weights(mixer: nnx.Module, x: jax.Array, context: Context) -> jax.Array:
     """The matrix A (B, H, N, N) of a token mixer for its input x (B, N, D)."""
     if isinstance(mixer, DyDiLA):
         return attention_weights(mixer.core_inputs(x, context)[0], mixer.options)
+    assert isinstance(mixer, LinearAttention | SoftmaxAttention)
     query, key, value = mixer.qkv(x)
     if isinstance(mixer, LinearAttention):
         fixed = None if mixer.exponent is None else jnp.float32(mixer.exponent)
@@ -221,7 +221,11 @@ def draw_maps(
     maps = {variant: a[:, :SHOWN_HEADS] for variant, a in maps.items()}
     widest = max(a.shape[0] * a.shape[1] for a in maps.values())
     figure, panels = pyplot.subplots(
-        len(maps), widest + 1, figsize=(1.05 * (widest + 2), 1.2 * len(maps)), layout="constrained"
+        len(maps),
+        widest + 1,
+        figsize=(1.05 * (widest + 2), 1.2 * len(maps)),
+        layout="constrained",
+        squeeze=False,
     )
     shown = np.clip((image + 1) / 2, 0, 1)
     size = image.shape[0] / rows

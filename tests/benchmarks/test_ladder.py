@@ -105,7 +105,7 @@ def test_the_rung_phi_is_focused_attention():
         model = ModelConfig(image_size=8, patch_size=2, width=16, depth=1, attention=attention)
         mixer = ATTENTION_MODULES[attention.kind](model, rngs=nnx.Rngs(0))
         outputs.append(np.asarray(mixer(x, Context())[0]))
-    np.testing.assert_array_equal(*outputs)
+    np.testing.assert_array_equal(outputs[0], outputs[1])
 
 
 def test_seconds_become_steps_by_the_cost_of_the_cheapest_rung():
@@ -157,9 +157,12 @@ def test_what_is_done_is_skipped_and_what_is_not_is_made_up(folder, monkeypatch,
     (folder / "digits-relu-1.json").unlink()
     made = []
     run_job = ladder.run_job
-    monkeypatch.setattr(
-        ladder, "run_job", lambda job, *rest: made.append(job) or run_job(job, *rest)
-    )
+
+    def noted(job, *rest):
+        made.append(job)
+        return run_job(job, *rest)
+
+    monkeypatch.setattr(ladder, "run_job", noted)
     flags = [*FLAGS, f"--out={folder}", "--seeds", "0", "1", "--variants", "relu"]
     ladder.main(flags)
     assert made == [ladder.Job(task="digits", variant="relu", seed=1)]

@@ -1,5 +1,7 @@
 """The explicit attention matrices and what is measured of them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def model(attention: AttentionConfig) -> ModelConfig:
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_explicit_matrix_gives_the_mixers_output(name):
-    mixer = ATTENTION_MODULES[ATTENTIONS[name].kind](model(ATTENTIONS[name]), rngs=nnx.Rngs(0))
+    mixer: Any = ATTENTION_MODULES[ATTENTIONS[name].kind](model(ATTENTIONS[name]), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, 16))
     weights = np.asarray(oversmoothing.explicit_weights(mixer, x, Context()), np.float64)
     value = np.asarray(mixer.qkv(x)[2], np.float64).reshape(2, 16, 2, 8)
