@@ -95,10 +95,11 @@ class Job:
     variant: str
     seed: int
 
-    def stem(self, out: Path) -> Path:
-        """Where its files are, without a suffix."""
+    def path(self, out: Path, suffix: str = "") -> Path:
+        """Where its file of this suffix is; without one, the folder of its weights."""
         name = self.variant.replace(", ", "_").replace(" ", "_")
-        return out / f"{self.task}-{name}-{self.seed}"
+        # Not Path.with_suffix, which takes what follows the point of a number for one.
+        return out / f"{self.task}-{name}-{self.seed}{suffix}"
 
 
 def run_job(
@@ -177,11 +178,10 @@ def draw(network: Network, parameters: Any, count: int, mesh: Mesh) -> np.ndarra
 
 def write(job: Job, out: Path, record: dict[str, Any], config: Config, settings: dict) -> None:
     """Writes a run's samples and weights, and its JSON last: with that it counts as done."""
-    stem = job.stem(out)
     samples = {name: end.pop("samples") for name, end in record["ends"].items()}
-    np.savez_compressed(stem.with_suffix(".npz"), **samples)
+    np.savez_compressed(job.path(out, ".npz"), **samples)
     parameters = jax.tree.map(np.asarray, record.pop("parameters"))
-    save_pretrained(stem, config.model, parameters, {}, overwrite=True)
+    save_pretrained(job.path(out), config.model, parameters, {}, overwrite=True)
     macs = multiply_adds(config.model)
     record |= {
         **dataclasses.asdict(job),
@@ -190,9 +190,9 @@ def write(job: Job, out: Path, record: dict[str, Any], config: Config, settings:
         "multiply_adds": sum(macs.values()),
         "jax": jax.__version__,
     }
-    unfinished = stem.with_suffix(".unfinished")
+    unfinished = job.path(out, ".unfinished")
     unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.replace(stem.with_suffix(".json"))
+    unfinished.replace(job.path(out, ".json"))
 
 
 def is_done(job: Job, out: Path, settings: dict[str, Any]) -> bool:
@@ -201,7 +201,7 @@ def is_done(job: Job, out: Path, settings: dict[str, Any]) -> bool:
     Raises:
       UserError: it was made with other settings.
     """
-    path = job.stem(out).with_suffix(".json")
+    path = job.path(out, ".json")
     if not path.is_file():
         return False
     made = json.loads(path.read_text())["settings"]
@@ -279,7 +279,7 @@ def run_all(options: argparse.Namespace, budget: Budget) -> None:
                 write(job, options.out, record, config, settings)
                 loss = list(record["curve"].values())[-1]
                 seconds = record["wall_seconds"]
-                print(f"{job.stem(options.out).name}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+                print(f"{job.path(options.out).name}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
                 # A program a variant and a run: what is not let go of fills the memory.
                 jax.clear_caches()
 

@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     maps = {}
     for variant in options.variants:
         for seed in options.seeds:
-            folder = Job(task=options.task, variant=variant, seed=seed).stem(options.out)
+            folder = Job(task=options.task, variant=variant, seed=seed).path(options.out)
             if not folder.is_dir():
                 print(f"{folder} is not there: left out")
                 continue

@@ -9,7 +9,15 @@ from flax import nnx, traverse_util
 from scipy import stats
 
 from benchmarks import ladder, ladder_report
-from benchmarks.ladder_variants import ABLATIONS, LADDER, TASKS, VARIANTS, Budget, make_config
+from benchmarks.ladder_variants import (
+    ABLATIONS,
+    ALL_VARIANTS,
+    LADDER,
+    TASKS,
+    VARIANTS,
+    Budget,
+    make_config,
+)
 from dydilit_jax.diffusion.flow import RectifiedFlow
 from dydilit_jax.models.attention.projections import Context
 from dydilit_jax.models.attention.registry import ATTENTION_MODULES
@@ -169,6 +177,18 @@ def test_what_is_done_is_skipped_and_what_is_not_is_made_up(folder, monkeypatch,
     assert "digits-relu-1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"digits-relu-0.json was made with another learning_rate"):
         ladder.main([*flags, "--learning_rate=0.1"])
+
+
+def test_every_run_has_files_of_its_own(tmp_path):
+    jobs = [
+        ladder.Job(task=task, variant=variant, seed=seed)
+        for task in TASKS
+        for variant in ALL_VARIANTS
+        for seed in (0, 1)
+    ]
+    assert len({job.path(tmp_path, ".json") for job in jobs}) == len(jobs)
+    path = ladder.Job(task="digits", variant="lambda 0.2", seed=7).path(tmp_path, ".json")
+    assert path.name == "digits-lambda_0.2-7.json"
 
 
 def test_without_costs_it_says_what_to_run(tmp_path):
