@@ -100,7 +100,13 @@ def torch_call(batch: int) -> Call:
     return call
 
 
-def alternating(calls: dict[str, Call], seconds: float, least: int = 3) -> dict[str, list[float]]:
+def alternating(
+    calls: dict[str, Call],
+    seconds: float,
+    least: int = 3,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Times the calls in turn, for about so many seconds; two turns before are not counted."""
     for _ in range(2):
         for call in calls.values():
@@ -109,9 +115,9 @@ def alternating(calls: dict[str, Call], seconds: float, least: int = 3) -> dict[
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
