@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import hardware
@@ -61,7 +62,7 @@ def filled(
     for first in range(0, count, batch):
         size = min(batch, count - first)
         rows = rng.standard_normal((size, width), np.float32) + np.float32(shift)
-        scorer.add(Features(rows), np.arange(first, first + size))
+        scorer.add(Features(jnp.asarray(rows)), np.arange(first, first + size))
     scorer.statistics()
     return scorer
 
