@@ -112,7 +112,8 @@ def test_batch_mesh_and_data_are_told(page):
     assert value(found["data"], "first images") == "(128, 8, 8, 1) float32, -1 to 1"
     assert value(found["data"], "first labels") == "(128,) int32, 0 to 9"
     kernels = found["kernels, traced for cpu"]
-    assert value(kernels, "attention core") == "xla"
+    # 16 tokens are fewer than a head is wide, so Q K^T comes first.
+    assert value(kernels, "attention core") == "reference"
     assert value(kernels, "routed projection") == "blocks"
     assert value(kernels, "depthwise convolution") == "shifted"
 
