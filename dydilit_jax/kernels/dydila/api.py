@@ -107,8 +107,8 @@ def default_implementation(
     A backend of the target platform, unless it cannot run, or sequences are so short that XLA is
     the better choice, or several devices are there and no mesh says how the arrays lie on them.
     In XLA (Q K^T) V, of 2 N^2 d multiply-adds a head, for sequences at most half as long as the
-    head is wide (timed on a CPU), else Q (K^T V), of 2 N d^2; the latter too where a mesh splits the tokens, whose N x N weights
-    would need every device's keys.
+    head is wide (timed on a CPU), else Q (K^T V), of 2 N d^2; the latter too where a mesh
+    splits the tokens, whose N x N weights would need every device's keys.
     """
     tokens, width = inputs.query.shape[1:]
     for name, fewest in FEWEST_TOKENS.items():
