@@ -334,7 +334,7 @@ def _loop(run: Run, last_step: float) -> TrainState:
         run.profiler.before_step(step + 1)
         with run.meter.measure("dispatch"):
             state, metrics = train_step(state, batch)
-            # Freed here, an array lets the threads that read have Python: not while data is waited for.
+            # Freeing lets the reading threads have Python: not while data is waited for.
             del batch
         step += 1
         run.profiler.after_step(step, metrics)
