@@ -92,6 +92,26 @@ def test_rematerialisation_keeps_a_tensor_a_block():
     assert offload[2] == dots[0] - two
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_dots_keeps_what_linear_maps_and_routers_give_in_every_dtype(dtype, scan):
+    """Beside a block's input, which `full` keeps too; nothing of the core or of convolutions."""
+    images, depth = 16, 2
+    model = tiny_config().model
+    N, D, hidden = 4, model.width, model.feedforward.hidden(model.width)
+    maps = N * (3 * D + 2 * D + D) + N * (2 * hidden + D)  # qkv, projectors, out; Mix-FFN
+    modulation = 6 * D
+    routers = N * (2 * model.attention.projectors + 4 * model.attention.exponents)
+    size = np.dtype(jax.numpy.dtype(dtype)).itemsize
+    kept = {}
+    for policy in ("dots", "full"):
+        changes = {"rematerialisation": policy, "scan_layers": scan, "dtype": dtype}
+        network = Network.create(tiny_config(model={"depth": depth, **changes}))
+        kept[policy] = memory.saved_activations(network, images)
+    expected = depth * images * ((maps + modulation) * size + routers * 4)
+    assert kept["dots"] - kept["full"] == expected
+
+
 def test_accumulation_keeps_the_images_of_a_part_and_two_sums():
     mesh = mesh_of(2, 1)
     whole, parts = (
