@@ -69,8 +69,7 @@ class Outcome:
 
     Attributes:
       state: the last one.
-      finished: whether nothing is left to do: every step, grid and score that the config asks for.
-        Not so after being asked to stop, in the middle of training or of what comes after it.
+      finished: whether every step, grid and score is there; not so after being asked to stop.
     """
 
     state: TrainState
@@ -228,11 +227,7 @@ class Run:
         return measured
 
     def finish(self, state: TrainState) -> bool:
-        """Shows what a run that has come to its last step is still to show.
-
-        Returns:
-          Whether all of it is there; False if the run was asked to stop meanwhile.
-        """
+        """Shows what is still to be shown of the last step; False if asked to stop meanwhile."""
         step, shown, evaluation = int(state.step), self.evaluation, self.config.evaluation
         # With a report the last grid comes with it.
         drawn = evaluation.reports or not due(step, self.config.train.sample_every)
