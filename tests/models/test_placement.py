@@ -79,9 +79,9 @@ def test_a_banks_gradient_is_scattered_over_fsdp_and_the_parts_are_summed(axes):
         expected = {("all-gather", ("fsdp",)): part, ("reduce-scatter", ("fsdp",)): whole}
     if others := tuple(axis for axis in ("data", "sequence") if mesh.shape[axis] > 1):
         expected["all-reduce", others] = part
-    large = {key: size for key, size in sent.items() if size >= part}  # Not the loss.
-    assert large == expected
-    assert sum(each.bytes for each in found) - sum(expected.values()) < part
+    large = {key: size for key, size in sent.items() if size >= part}
+    assert large == pytest.approx(expected, abs=4)  # The loss may be summed along with a part.
+    assert sum(each.bytes for each in found) == pytest.approx(sum(expected.values()), abs=8)
 
 
 def test_a_gathered_bank_is_not_kept_for_the_backward_pass():
