@@ -27,8 +27,8 @@ _COMPILE = flags.DEFINE_bool(
 _STOPPED_STATUS = flags.DEFINE_integer(
     "stopped_status",
     0,
-    "Exit status of a run that was asked to stop before its last step, by which a launcher knows "
-    "that it has to go on.",
+    "Exit status of a run that was asked to stop before its end, be it while it draws and scores "
+    "after its last step, by which a launcher knows that it has to go on.",
     lower_bound=0,
     upper_bound=255,
 )
@@ -47,8 +47,7 @@ def main() -> None:
     workdir = cli.required(_WORKDIR.value, "workdir")
     from dydilit_jax.training.loop import train
 
-    state = train(config, Path(workdir))
-    if int(state.step) < config.train.steps:
+    if not train(config, Path(workdir)).finished:
         sys.exit(_STOPPED_STATUS.value)
 
 

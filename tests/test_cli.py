@@ -302,16 +302,28 @@ def finished(terminated):
     workdir, cache, *_ = terminated
     step = max(int(entry.name) for entry in (workdir / "checkpoints").iterdir())
     arguments = [TRAIN, *SMALL, f"--workdir={workdir}", f"--config.train.steps={step + 2}"]
-    arguments.append("--stopped_status=75")  # Which it is not.
-    with start(*arguments, **cache) as process:
-        output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return workdir, step, output
+    arguments.append("--stopped_status=75")
+    told = ""
+    for ends in (False, True):  # First it is told to stop when only its scores are left to do.
+        with start(*arguments, **cache) as process:
+            assert process.stderr is not None
+            assert process.stdout is not None
+            errors = ""
+            for line in process.stderr:
+                errors += line
+                if not ends and line.startswith("drawing 20 samples"):
+                    process.send_signal(signal.SIGTERM)
+            told += process.stdout.read()
+            process.wait(timeout=60)
+        assert process.returncode == (0 if ends else 75), errors
+    return workdir, step, told
 
 
 def test_a_terminated_run_resumes_and_ends(finished):
     workdir, step, output = finished
-    assert f"resumed from {workdir} at step {step}" in output
+    resumed = [f"resumed from {workdir} at step {each}\n" for each in (step, step + 2)]
+    stopped = f"stopped after the last step, {step + 2}; run again to draw and score"
+    assert output.index(resumed[0]) < output.index(stopped) < output.index(resumed[1])
     assert f"sample grid: {workdir}/samples/step_{step + 2:06d}.png" in output
     assert re.search(r"label_agreement: \d+\.\d% of 20 samples", output)
     assert re.search(r"pixel_frechet: [\d.]+, [\d.]+ times pixel_frechet_floor [\d.]+", output)

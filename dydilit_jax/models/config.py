@@ -130,8 +130,8 @@ class ModelConfig:
       scan_layers: run the blocks in one scanned loop (compile time does not grow with depth) or
         unrolled. The parameters are stacked either way.
       rematerialisation: what the backward pass computes again instead of keeping: `none`, `dots`
-        (all but matrix products), `full` (each block), or `offload` (as `dots`, with the products
-        kept in the host's memory).
+        (all but linear maps' results), `full` (each block), or `offload` (as `dots`, with the
+        results kept in the host's memory).
       attention: the token mixer.
       feedforward: the channel mixer.
     """

@@ -24,6 +24,7 @@ from dydilit_jax.models.embeddings import LabelEmbedding, TimeEmbedding, sincos_
 from dydilit_jax.models.feedforward import FEEDFORWARD_MODULES
 from dydilit_jax.models.linear import Linear
 from dydilit_jax.models.placement import place
+from dydilit_jax.models.rematerialisation import POLICIES
 
 NORM_EPS = 1e-6
 
@@ -107,14 +108,6 @@ class FinalLayer(nnx.Module):
         """Tokens (B, N, D) and conditioning (B, D) to patches (B, N, p * p * out_channels)."""
         shift, scale = self.modulation(condition)
         return self.linear(modulate(layer_norm(x), shift, scale))
-
-
-# What a rematerialised block keeps for the backward pass, by name of the policy.
-REMATERIALISATION_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
 
 
 class DyDiLiT(nnx.Module):
@@ -203,7 +196,7 @@ class DyDiLiT(nnx.Module):
             return place(x, "tokens"), telemetry
 
         if config.rematerialisation != "none":
-            policy = REMATERIALISATION_POLICIES[config.rematerialisation]
+            policy = POLICIES[config.rematerialisation]
             block = jax.checkpoint(block, policy=policy, prevent_cse=not config.scan_layers)
         if config.scan_layers:
             return jax.lax.scan(block, x, (layers, keys))

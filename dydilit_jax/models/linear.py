@@ -8,6 +8,9 @@ before the shares are added up over the mesh, because dW has the dtype of the ro
     dW = sum over tokens of x^T dy,  db = sum over tokens of dy      in W's dtype, float32
 
 so what crosses the mesh, and what gradient accumulation adds up, is float32.
+
+The rule that does so hides the product from those of `jax.checkpoint`'s policies that look for
+`dot_general`; results carry a name (`kept`) instead, in every dtype.
 """
 
 from __future__ import annotations
@@ -18,8 +21,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dydilit_jax.models.placement import is_cut
+
+KEPT = "linear map"
+
+
+def kept(y: jax.Array) -> jax.Array:
+    """`y` as it is, marked as the result of a linear map, for models/rematerialisation.py."""
+    return checkpoint_name(y, KEPT)
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -35,9 +46,9 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> ja
     """
     if kernel.dtype == x.dtype:  # Automatic differentiation does the same, in both modes.
         y = jnp.tensordot(_rows(x), kernel, 1).reshape(*x.shape[:-1], *kernel.shape[1:])
-        return y if bias is None else y + bias
+        return kept(y if bias is None else y + bias)
     y = _product(x, kernel)
-    return y if bias is None else _add(y, bias)
+    return kept(y if bias is None else _add(y, bias))
 
 
 def _rows(x: jax.Array) -> jax.Array:

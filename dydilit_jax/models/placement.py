@@ -8,6 +8,7 @@ not named here, XLA's partitioner derives from the parameters (training/sharding
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -23,9 +24,12 @@ ACTIVATIONS = {
     # (B, N, C) between two maps, the first cut by columns and the second by rows (Megatron-LM,
     # arXiv 1909.08053): a part of each token's channels.
     "channels": P(BATCH_AXES, "sequence", "tensor"),
-    # (n, D, E): matrices cut by columns, whole otherwise.
-    "columns": P(None, None, "tensor"),
+    # (n, D, E): matrices cut by columns, and by rows as their parameters lie.
+    "columns": P(None, "fsdp", "tensor"),
 }
+
+# The axis that arrays of a name are gathered over where a device uses them.
+GATHERED = {"columns": "fsdp"}
 
 
 def ambient_mesh() -> AbstractMesh | None:
@@ -40,14 +44,18 @@ def fitting(spec: P, shape: tuple[int, ...], mesh: AbstractMesh) -> P:
     """`spec` without the axes that the mesh lacks or that do not divide their dimension."""
     axes: list[tuple[str, ...] | None] = []
     for size, entry in zip(shape, tuple(spec) + (None,) * len(shape), strict=False):
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         kept: list[str] = []
-        for name in names:
+        for name in _axes(entry):
             if name in mesh.shape and size % mesh.shape[name] == 0:
                 kept.append(name)
                 size //= mesh.shape[name]
         axes.append(tuple(kept) or None)
     return P(*axes)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of a dimension, an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def is_cut(axis: str) -> bool:
@@ -75,6 +83,11 @@ def on_each_device(
     For a function that flattens batch and tokens, or sorts tokens: the partitioner cannot cut
     those, and would have every device compute all of them.
 
+    What GATHERED names is gathered within, so that its gradient leaves each device as the sum of
+    its own part alone: the transpose of gathering is reduce-scatter, which sends half of what a sum
+    for all sends (ZeRO, arXiv 1910.02054; then `data` sums the parts). The whole is gathered again
+    for the backward pass, not kept.
+
     Args:
       function: of `arguments`, differentiable in reverse mode.
       arguments: arrays, whole.
@@ -91,10 +104,41 @@ def on_each_device(
     ]
     shape = (*arguments[0].shape[:-1], arguments[-1].shape[-1])
     mapped = jax.shard_map(
-        function,
+        _gathering(function, specs, names, mesh),
         in_specs=tuple(specs),
         out_specs=fitting(ACTIVATIONS[result], shape, mesh),
         # A gradient of what several devices hold alike is then their sum.
         check_vma=False,
     )
     return mapped(*arguments)
+
+
+def _gathering(
+    function: Callable[..., jax.Array],
+    specs: Sequence[P],
+    names: Sequence[str],
+    mesh: AbstractMesh,
+) -> Callable[..., jax.Array]:
+    """`function`, of a device's parts of arrays, of which it gathers those that GATHERED names."""
+    gathers = [
+        (argument, dimension, axis)
+        for argument, (spec, name) in enumerate(zip(specs, names, strict=True))
+        for dimension, entry in enumerate(spec)
+        for axis in _axes(entry)
+        if axis == GATHERED.get(name) and mesh.shape[axis] > 1
+    ]
+    if not gathers:
+        return function
+
+    def of_device(*parts: jax.Array) -> jax.Array:
+        wholes = list(parts)
+        for argument, dimension, axis in gathers:
+            wholes[argument] = jax.lax.all_gather(parts[argument], axis, axis=dimension, tiled=True)
+        return function(*wholes)
+
+    return jax.checkpoint(of_device, policy=_all_but_gathered)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The policy of `jax.checkpoint` that keeps everything but gathered arrays."""
+    return primitive.name != "all_gather"

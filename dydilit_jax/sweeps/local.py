@@ -80,6 +80,7 @@ def train_command(workdir: Path) -> Command:
         return [
             sys.executable, "-m", "dydilit_jax.train",
             *run.arguments, f"--workdir={workdir / run.name}",
+            f"--stopped_status={STOPPED_STATUS}",
         ]  # fmt: skip
 
     return command

@@ -197,7 +197,6 @@ class Evaluation:
         if not of_first_process(scores is not None and self.grid_path(step).is_file()):
             scores = self._new_scores(state)
             if scores is None:
-                print("stopped while scoring; run again to go on", flush=True)
                 return False
         if scores is not None:  # Only the first process is sure to find what was written.
             ratio = scores["pixel_frechet"] / scores["pixel_frechet_floor"]

@@ -63,6 +63,19 @@ class Dispatched:
     position: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended, the same on every process.
+
+    Attributes:
+      state: the last one.
+      finished: whether every step, grid and score is there; not so after being asked to stop.
+    """
+
+    state: TrainState
+    finished: bool
+
+
 class Run:
     """A training run's parts, built once.
 
@@ -213,14 +226,19 @@ class Run:
         self.progress.resume()
         return measured
 
-    def finish(self, state: TrainState) -> None:
-        """What is shown of a run that has come to its end."""
-        evaluation = self.config.evaluation
-        measured = not evaluation.every or self.evaluation.has_scores(int(state.step))
-        if not (measured or self.evaluation.measure(state)):
-            print("stopped while scoring; run again to go on", flush=True)
-        elif evaluation.reports:
-            self.evaluation.score(state)
+    def finish(self, state: TrainState) -> bool:
+        """Shows what is still to be shown of the last step; False if asked to stop meanwhile."""
+        step, shown, evaluation = int(state.step), self.evaluation, self.config.evaluation
+        # With a report the last grid comes with it.
+        drawn = evaluation.reports or not due(step, self.config.train.sample_every)
+        done = (
+            (drawn or shown.has_grid(step) or shown.draw_grid(state))
+            and (not evaluation.every or shown.has_scores(step) or shown.measure(state))
+            and (not evaluation.reports or shown.score(state))
+        )
+        if not done:
+            print(f"stopped after the last step, {step}; run again to draw and score", flush=True)
+        return done
 
     def save(self, state: TrainState, position: dict[str, Any], scheduled: bool) -> None:
         """Starts saving a checkpoint."""
@@ -285,7 +303,7 @@ class Run:
             truncate_metrics(self.workdir, step)
 
 
-def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> TrainState:
+def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Outcome:
     """Trains until config.train.steps, from where the workdir's newest checkpoint is.
 
     Args:
@@ -294,7 +312,7 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
       stop_step: stop when so many steps are done, as if interrupted.
 
     Returns:
-      The last state.
+      The last state, and whether the run is finished; if it is not, the next start goes on.
 
     Raises:
       UserError: a config, workdir or data that do not fit; a workdir in use; a run gone bad.
@@ -305,11 +323,10 @@ def train(config: Config, workdir: Path, *, stop_step: int | None = None) -> Tra
         try:
             run.evaluation.prepare()
             state = _loop(run, min(stop_step or math.inf, config.train.steps))
-            if int(state.step) >= config.train.steps:
-                run.finish(state)
+            finished = int(state.step) >= config.train.steps and run.finish(state)
         finally:
             run.close()
-    return state
+    return Outcome(state, finished)
 
 
 def _loop(run: Run, last_step: float) -> TrainState:
@@ -317,10 +334,9 @@ def _loop(run: Run, last_step: float) -> TrainState:
     state = run.start()
     first = step = int(state.step)
     if step >= last_step:
-        print(f"{run.workdir} is finished: {step} steps", flush=True)
+        print(f"{run.workdir} has all its {step} steps", flush=True)
         return state
     evaluation = run.config.evaluation
-    shown = evaluation.reports and intervals.steps  # The last grid comes with the report.
     stop = False
     if step and due(step, intervals.sample_every) and not run.evaluation.has_grid(step):
         stop = not run.evaluation.draw_grid(state)  # The run had ended before it was drawn.
@@ -352,8 +368,9 @@ def _loop(run: Run, last_step: float) -> TrainState:
             problem = run.review(previous, log=due(previous.step, intervals.log_every))
         streak = run.recovery.streak
         stop = run.interruption.agreed() or step >= last_step
-        draws = due(step, intervals.sample_every) and step != shown
-        measures = due(step, evaluation.every) and step != intervals.steps  # finish() does those.
+        shows = step != intervals.steps  # Of the last step, finish() does.
+        draws = shows and due(step, intervals.sample_every)
+        measures = shows and due(step, evaluation.every)
         saves = due(step, intervals.checkpoint_every, streak)
         retries = run.wants_retry(step)
         used = stop or draws or measures or saves or retries or streak > 0

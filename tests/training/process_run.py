@@ -7,8 +7,10 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+STOPPED = 75  # exit status of a process whose run is not finished
 PRELOADED = ["sklearn.datasets", "clu.metric_writers", "dydilit_jax.training.loop"]
 
 
@@ -20,7 +22,14 @@ def connect(address: str, index: int, count: int) -> None:
 
 
 def run_process(
-    index: int, count: int, address: str, config: str, workdir: str, log: str, compiled: str
+    index: int,
+    count: int,
+    address: str,
+    config: str,
+    workdir: str,
+    log: str,
+    compiled: str,
+    before: Callable[[int], None] | None,
 ) -> None:
     """In the child: process `index` of `count`, with one device, trains."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -38,11 +47,15 @@ def run_process(
     from dydilit_jax.training.loop import train
 
     connect(address, index, count)
+    if before is not None:
+        before(index)
     try:
-        train(Config.from_json(config), Path(workdir))
+        outcome = train(Config.from_json(config), Path(workdir))
     except UserError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)
+    jax.distributed.shutdown()  # As at an interpreter's exit: no process leaves before the others.
+    sys.exit(0 if outcome.finished else STOPPED)
 
 
 class Processes:
@@ -54,9 +67,18 @@ class Processes:
       workdir: the run's, shared.
       log: a file for what each of them says; its number is appended.
       compiled: folder of compiled programs.
+      before: called in each of them, with its number, before it trains.
     """
 
-    def __init__(self, count: int, config: str, workdir: Path, log: Path, compiled: Path):
+    def __init__(
+        self,
+        count: int,
+        config: str,
+        workdir: Path,
+        log: Path,
+        compiled: Path,
+        before: Callable[[int], None] | None = None,
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         with socket.socket() as free:
@@ -74,6 +96,7 @@ class Processes:
                     str(workdir),
                     str(self.logs[index]),
                     str(compiled),
+                    before,
                 ),
             )
             for index in range(count)

@@ -28,7 +28,7 @@ DEVICES = 4
 def main() -> None:
     address, count, process, workdir = sys.argv[1:]
     distributed.start(address, int(count), int(process), 60.0)
-    state = train(TRAINED, Path(workdir))
+    state = train(TRAINED, Path(workdir)).state
     parameters = multihost_utils.process_allgather(state.parameters, tiled=True)
     # Every process wants the whole batch here, and reads a part of it.
     mesh = mesh_of(1, 1, 2, 4)

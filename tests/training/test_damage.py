@@ -310,7 +310,7 @@ def test_training_goes_on_when_the_storage_fails_and_tries_again(tmp_path, monke
         real(folder, arrays, **options)
 
     monkeypatch.setattr(checkpoint_module, "write_manifest", failing)
-    state = train(config, tmp_path)
+    state = train(config, tmp_path).state
     assert int(state.step) == 9
     errors = capsys.readouterr().err
     assert errors.count("could not be written") == 2

@@ -55,7 +55,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_compute_what_one_does(two_processes, tmp_path):
-    state = train(TRAINED, tmp_path)
+    state = train(TRAINED, tmp_path).state
     expected = to_numpy(state.parameters)
     for process in range(2):
         with np.load(two_processes / f"process_{process}.npz") as arrays:
@@ -78,7 +78,7 @@ def test_each_process_gets_the_rows_it_needs_whoever_read_them(two_processes):
 
 def test_their_checkpoint_is_one_that_one_process_goes_on_from(two_processes):
     longer = dataclasses.replace(TRAINED, train=dataclasses.replace(TRAINED.train, steps=5))
-    assert int(train(longer, two_processes).step) == 5
+    assert int(train(longer, two_processes).state.step) == 5
 
 
 def meeting(clusters, timeout):

@@ -18,7 +18,7 @@ from dydilit_jax.training.optimizer import ema_parameters
 from dydilit_jax.training.state import Network
 from dydilit_jax.training.writers import read_metrics
 from tests.tiny import mesh_of, plain_config
-from tests.training.process_run import Processes
+from tests.training.process_run import STOPPED, Processes
 
 PATIENCE = 300.0  # seconds; of a machine that does much else
 SCORED = plain_config(
@@ -42,7 +42,7 @@ def scores_of(workdir):
 def straight(tmp_path_factory):
     """A run that was left alone: its last state and its workdir."""
     workdir = tmp_path_factory.mktemp("scored")
-    return train(SCORED, workdir), workdir
+    return train(SCORED, workdir).state, workdir
 
 
 def vectors(images):
@@ -110,27 +110,54 @@ def test_stopped_while_it_scores_a_run_scores_that_step_later(straight, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "Scorer", Interrupted)
-        assert int(train(SCORED, tmp_path).step) == 2
+        assert int(train(SCORED, tmp_path).state.step) == 2
         assert list(scores_of(tmp_path)[0]) == []
-        assert int(train(SCORED, tmp_path).step) == 5
+        outcome = train(SCORED, tmp_path)
+        assert int(outcome.state.step) == 5
+        assert not outcome.finished
     assert [scorer.batches_taken for scorer in made] == [1, 3, 3, 1]
     assert Checkpointer(tmp_path).latest_step() == 5
     scores, report = scores_of(tmp_path)
     assert list(scores) == [2, 4]
     assert not report
-    train(SCORED, tmp_path)
+    assert train(SCORED, tmp_path).finished
     assert scores_of(tmp_path) == scores_of(straight[1])
 
 
-def test_two_processes_score_as_one(straight, tmp_path, compiled_programs):
+class InterruptedAtTheEnd(evaluation.Scorer):
+    """Asks its process to stop when it has taken a batch of the last step's samples."""
+
+    made = 0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        type(self).made += 1
+
+    def add(self, features, indices):
+        super().add(features, indices)
+        if self.made == 3:  # After those of steps 2 and 4.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt_one(index):
+    if index == 1:
+        evaluation.Scorer = InterruptedAtTheEnd
+
+
+def test_two_processes_stop_together_while_they_score_and_score_as_one(
+    straight, tmp_path, compiled_programs
+):
     workdir = tmp_path / "run"
-    processes = Processes(
-        2, SCORED.to_json(), workdir, tmp_path / "log", compiled_programs / "processes"
-    )
-    try:
-        assert processes.join(PATIENCE) == [0, 0], processes.said()
-    finally:
-        processes.end()
+    for before, status, scored in ((interrupt_one, STOPPED, [2, 4]), (None, 0, [2, 4, 5])):
+        processes = Processes(
+            2, SCORED.to_json(), workdir, tmp_path / "log", compiled_programs / "processes", before
+        )
+        try:
+            assert processes.join(PATIENCE) == [status] * 2, processes.said()
+        finally:
+            processes.end()
+        assert Checkpointer(workdir).latest_step() == 5
+        assert list(scores_of(workdir)[0]) == scored
     scores, report = scores_of(workdir)
     expected, _ = scores_of(straight[1])
     assert scores.keys() == expected.keys()

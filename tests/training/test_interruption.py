@@ -56,7 +56,7 @@ def test_on_other_devices_losses_are_the_same_to_rounding_and_batches_to_the_bit
         )
         for mesh, stop in parts:
             monkeypatch.setattr(loop, "make_mesh", lambda _, mesh=mesh: mesh)
-            state = train(config, tmp_path / name, stop_step=stop)
+            state = train(config, tmp_path / name, stop_step=stop).state
         losses[name] = [record["loss"] for record in read_metrics(tmp_path / name)]
         parameters[name], given[name] = state_arrays(state), seen
     assert len(losses["straight"]) == len(losses["moved"]) == 6
@@ -121,11 +121,19 @@ def test_a_run_that_is_stopped_while_it_draws_stops_there_and_draws_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "generate_images", interrupted)
-        assert int(train(GRIDS, tmp_path).step) == 2
+        assert int(train(GRIDS, tmp_path).state.step) == 2
     assert drawn == [8]  # Of ten: the second batch is not drawn.
     assert Checkpointer(tmp_path).latest_step() == 2
     assert not (tmp_path / "samples").exists()
-    assert int(train(GRIDS, tmp_path).step) == 6
+    assert train(GRIDS, tmp_path, stop_step=5).state.step == 5
+    # At the last step too, after which there is nothing left to train.
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate_images", interrupted)
+        outcome = train(GRIDS, tmp_path)
+    assert (int(outcome.state.step), outcome.finished) == (6, False)
+    assert Checkpointer(tmp_path).latest_step() == 6
+    assert sorted(contents(tmp_path)) == sorted(grids)[:2]
+    assert train(GRIDS, tmp_path).finished
     assert contents(tmp_path) == grids
 
 

@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
             )
             workdir = tmp_path_factory.mktemp(name)
             for stop in stops:
-                state = train(RESUMED, workdir, stop_step=stop)
+                state = train(RESUMED, workdir, stop_step=stop).state
                 assert int(state.step) == (stop or STEPS)
             result[name] = (workdir, state_arrays(state), given)
     return result
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch, step, value, eve
         assert_finite_checkpoint(config, tmp_path, good)
         # With the data mended it goes on from there.
         monkeypatch.setitem(sources.SOURCES, "digits", digits)
-        state = train(config, tmp_path, stop_step=good + 1)
+        state = train(config, tmp_path, stop_step=good + 1).state
         assert int(state.step) == good + 1
     else:
         assert not list((tmp_path / "checkpoints").iterdir())
@@ -252,11 +252,12 @@ def test_a_finished_run_ends_at_once_and_tells_its_scores_again(finished, capsys
 
     monkeypatch.setattr(loop, "compile_step", refuse)
     monkeypatch.setattr(evaluation, "generate_images", refuse)
-    state = train(EVALUATED, finished)
-    assert int(state.step) == 3
+    outcome = train(EVALUATED, finished)
+    assert int(outcome.state.step) == 3
+    assert outcome.finished
     assert read_metrics(finished) == before
     told = capsys.readouterr().out
-    assert "is finished" in told
+    assert "has all its 3 steps" in told
     assert f"label_agreement: {before[-1]['label_agreement']:.1%} of 20 samples" in told
     assert f"pixel_frechet: {before[-1]['pixel_frechet']:.3f}" in told
     assert str(finished / "samples" / "step_000003.png") in told
@@ -264,15 +265,15 @@ def test_a_finished_run_ends_at_once_and_tells_its_scores_again(finished, capsys
 
 def test_a_finished_run_goes_on_when_it_gets_more_steps(finished, capsys):
     longer = dataclasses.replace(EVALUATED, train=dataclasses.replace(EVALUATED.train, steps=5))
-    assert int(train(longer, finished).step) == 5
+    assert int(train(longer, finished).state.step) == 5
     assert "at step 3" in capsys.readouterr().out
     assert [record["step"] for record in read_metrics(finished)] == [1, 2, 3, 3, 4, 5, 5]
 
 
 def test_a_run_stopped_at_once_keeps_its_place(tmp_path):
     config = plain_config(train={"steps": 5, "log_every": 100})
-    assert int(train(config, tmp_path, stop_step=1).step) == 1
-    assert int(train(config, tmp_path, stop_step=2).step) == 2
+    assert int(train(config, tmp_path, stop_step=1).state.step) == 1
+    assert int(train(config, tmp_path, stop_step=2).state.step) == 2
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -318,8 +319,9 @@ def test_sigint_stops_a_run_in_the_same_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.Progress, "report", interrupt)
     before = signal.getsignal(signal.SIGINT)
-    state = train(plain_config(train={"steps": 50}), tmp_path)
-    assert int(state.step) == 3
+    outcome = train(plain_config(train={"steps": 50}), tmp_path)
+    assert int(outcome.state.step) == 3
+    assert not outcome.finished
     assert reports == [1, 2, 3]
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["3"]
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,11 +1,14 @@
 """What a step takes of a device, against arrays that exist and what the compiler plans."""
 
+import collections
 import dataclasses
 
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
 
+from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.training import memory
 from dydilit_jax.training.state import Network
 from dydilit_jax.training.step import training_loss
@@ -90,6 +93,61 @@ def test_rematerialisation_keeps_a_tensor_a_block():
     offload = activations(2, "offload")
     assert offload[0] == two
     assert offload[2] == dots[0] - two
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_dots_keeps_what_linear_maps_and_routers_give_in_every_dtype(dtype, scan):
+    """Beside a block's input, which `full` keeps too; nothing of the core or of convolutions."""
+    images, depth = 16, 2
+    model = tiny_config().model
+    N, D, hidden = 4, model.width, model.feedforward.hidden(model.width)
+    maps = N * (3 * D + 2 * D + D) + N * (2 * hidden + D)  # qkv, projectors, out; Mix-FFN
+    modulation = 6 * D
+    routers = N * (2 * model.attention.projectors + 4 * model.attention.exponents)
+    size = np.dtype(jax.numpy.dtype(dtype)).itemsize
+    kept = {}
+    for policy in ("dots", "full"):
+        changes = {"rematerialisation": policy, "scan_layers": scan, "dtype": dtype}
+        network = Network.create(tiny_config(model={"depth": depth, **changes}))
+        kept[policy] = memory.saved_activations(network, images)
+    expected = depth * images * ((maps + modulation) * size + routers * 4)
+    assert kept["dots"] - kept["full"] == expected
+
+
+def kernels(jaxpr):
+    """Names of the kernels in a program, each as often as it stands there."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(equation.params["name"])
+        else:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                found += kernels(inner)
+    return found
+
+
+@pytest.mark.parametrize(("policy", "projections"), [("dots", 2), ("full", 4)])
+def test_dots_runs_the_core_again_but_no_routed_projection(policy, projections):
+    """On a TPU, where both are kernels: one of the core and two projections, of Q' and K'."""
+    model = {"rematerialisation": policy, "dtype": "bfloat16", "depth": 1}
+    config = tiny_config(model={**model, "width": 128, "image_size": 32, "patch_size": 2})
+    network = Network.create(config)
+    images = jax.ShapeDtypeStruct((4, 32, 32, 1), np.float32)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct((4,), np.int32)}
+
+    def gradients(parameters, batch):
+        return jax.grad(lambda p: training_loss(network, p, batch, jax.random.key(0))[0])(
+            parameters
+        )
+
+    one = jax.sharding.AbstractMesh((1,), ("data",))
+    with jax.sharding.use_abstract_mesh(one), tracing_for("tpu"):
+        program = jax.make_jaxpr(gradients)(network.abstract_parameters(), batch)
+    found = collections.Counter(kernels(program.jaxpr))
+    assert found["dydila_forward"] == 2
+    assert found["grouped_projection"] == projections
+    assert found["grouped_projection_dbank"] == 2
 
 
 def test_accumulation_keeps_the_images_of_a_part_and_two_sums():

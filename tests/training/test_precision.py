@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.linear import affine
 from dydilit_jax.training.loop import load_data
+from dydilit_jax.training.memory import activation_bytes
 from dydilit_jax.training.sharding import to_mesh
 from dydilit_jax.training.state import Network
 from dydilit_jax.training.step import StepKeys, accumulated, compile_step, training_loss
@@ -107,17 +109,35 @@ def test_each_policy_keeps_less():
     assert sizes["dots"] > 1.5 * sizes["full"]
 
 
-def test_offloaded_products_are_put_into_the_hosts_memory():
-    config = tiny_config(model={"rematerialisation": "offload"})
-    network = Network.create(config)
-    batch = one_batch(config)
-    jaxpr = str(
-        jax.make_jaxpr(jax.grad(lambda p: training_loss(network, p, batch, jax.random.key(0))[0]))(
-            random_parameters(network)
+def bytes_put_into_the_host(jaxpr):
+    """What a program moves into the host's memory, loops times their trips."""
+    moved = 0
+    for equation in jaxpr.eqns:
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        moved += times * sum(
+            map(bytes_put_into_the_host, jax.extend.core.jaxprs_in_params(equation.params))
         )
-    )
-    assert "device_put" in jaxpr
-    assert "host" in jaxpr
+        if equation.primitive.name == "device_put":
+            moved += sum(
+                each.aval.size * each.aval.dtype.itemsize
+                for each in equation.outvars
+                if "ost" in str(each.aval.memory_space)
+            )
+    return moved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_dots_keeps_is_put_into_the_hosts_memory(dtype, scan):
+    model = {"rematerialisation": "offload", "dtype": dtype, "scan_layers": scan}
+    config = tiny_config(model=model)
+    network, batch = Network.create(config), one_batch(config)
+    program = jax.make_jaxpr(
+        jax.grad(lambda p: training_loss(network, p, batch, jax.random.key(0))[0])
+    )(random_parameters(network))
+    _, _, host = activation_bytes(network, config.data.batch_size)
+    assert host > 0
+    assert bytes_put_into_the_host(program.jaxpr) == host
 
 
 def is_bfloat16(array):
@@ -144,13 +164,27 @@ def test_affine_keeps_the_weights_gradients_in_float32():
     assert not is_bfloat16(dbias)
 
 
-def test_a_network_in_bfloat16_has_gradients_that_are_not_rounded_to_it():
-    # What is added up over devices and microbatches would be rounded by each of them.
+def gradients_in_bfloat16(**model):
     attention = {"normalizer": "rms", "exponents": 1}
-    config = tiny_config(
-        data={"batch_size": BATCH}, model={"dtype": "bfloat16", "attention": attention}
-    )
-    gradients, metrics = gradients_of(config)
+    model = {"dtype": "bfloat16", "attention": attention, **model}
+    return gradients_of(tiny_config(data={"batch_size": BATCH}, model=model))
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    return gradients_in_bfloat16()
+
+
+def test_dots_changes_no_gradient_in_bfloat16(in_bfloat16):
+    gradients, _ = gradients_in_bfloat16(rematerialisation="dots")
+    for name, value in in_bfloat16[0].items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=2e-2 * scale, err_msg=name)
+
+
+def test_a_network_in_bfloat16_has_gradients_that_are_not_rounded_to_it(in_bfloat16):
+    # What is added up over devices and microbatches would be rounded by each of them.
+    gradients, metrics = in_bfloat16
     assert np.isfinite(metrics["loss"])
     for name, value in gradients.items():
         assert value.dtype == np.float32, name

@@ -12,7 +12,7 @@ from dydilit_jax.training.lock import WorkdirLock
 from dydilit_jax.training.state import Network, abstract_state
 from dydilit_jax.training.writers import read_metrics
 from tests.tiny import mesh_of, plain_config, state_arrays
-from tests.training.process_run import Processes
+from tests.training.process_run import STOPPED, Processes
 
 COUNT = 4
 PATIENCE = 300.0  # seconds; of a machine that does much else
@@ -78,11 +78,11 @@ def test_stopped_killed_and_started_again_four_processes_end_as_if_nothing_had_b
     processes = start(straight)
     assert processes.join(PATIENCE) == [0] * COUNT, processes.said()
 
-    # SIGTERM reaches one of them; all stop at one step, save and exit 0.
+    # SIGTERM reaches one of them; all stop at one step, save and say that they are not finished.
     processes = start(broken)
     wait_for(broken, 8, processes)
     os.kill(processes.processes[2].pid, signal.SIGTERM)
-    assert processes.join(PATIENCE) == [0] * COUNT, processes.said()
+    assert processes.join(PATIENCE) == [STOPPED] * COUNT, processes.said()
     stopped = {line for line in processes.said().splitlines() if "stopped at step" in line}
     assert len(stopped) == COUNT
     assert len({line.partition("] ")[2] for line in stopped}) == 1

@@ -127,7 +127,7 @@ def run(workdir, monkeypatch, spoilt, *, value=NAN, stops=(None,), **fields):
         train=train_fields | fields, optimizer={"learning_rate": 1e-2, "ema_decay": 0.9}
     )
     for stop in stops:
-        state = train(config, workdir, stop_step=stop)
+        state = train(config, workdir, stop_step=stop).state
     return state, given
 
 

@@ -28,7 +28,7 @@ from dydilit_jax.models.attention.projections import (
 )
 from dydilit_jax.models.config import AttentionConfig, ModelConfig
 from dydilit_jax.models.feedforward import DepthwiseConv
-from dydilit_jax.models.linear import affine
+from dydilit_jax.models.linear import affine, kept
 from dydilit_jax.models.placement import on_each_device
 
 MEASURED = ("query", "key", "query_redundant", "key_redundant")
@@ -81,7 +81,9 @@ class ProjectorBank(nnx.Module):
         if self.router is None:
             return affine(x, kernel[0]), None
         jitter_key, choice_key = _split(key, 2)
-        logits = routing.router_logits(x, self.router[...], jitter=self.jitter, key=jitter_key)
+        logits = kept(
+            routing.router_logits(x, self.router[...], jitter=self.jitter, key=jitter_key)
+        )
         chosen = routing.route(logits, self.training, key=choice_key)
         soft = self.training == "soft"
 
@@ -103,7 +105,7 @@ class ProjectorBank(nnx.Module):
             ("tokens", "tokens", "tokens", "columns"),
             "channels",
         )
-        return projected, chosen
+        return kept(projected), chosen
 
 
 class MeasureExponents(nnx.Module):
@@ -145,8 +147,10 @@ class MeasureExponents(nnx.Module):
         keys = _split(key, len(tensors))
         for i, tensor in enumerate(tensors):
             jitter_key, choice_key = _split(keys[i], 2)
-            logits = routing.router_logits(
-                tensor, self.routers[...][i], jitter=self.jitter, key=jitter_key
+            logits = kept(
+                routing.router_logits(
+                    tensor, self.routers[...][i], jitter=self.jitter, key=jitter_key
+                )
             )
             chosen = routing.route(logits, self.training, key=choice_key)
             above_one = (values[i] - 1.0).astype(logits.dtype)
