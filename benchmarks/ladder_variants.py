@@ -115,6 +115,7 @@ ABLATIONS = {
     "lambda 0.2": _linear(lambda_init=0.2),
     "lambda 0.8": _linear(lambda_init=0.8),
     "depthwise 0": _linear(depthwise=0),
+    "eps 0.1": _linear(eps=0.1),
     "load balance 0.01": _linear(load_balance_weight=0.01),
     "router jitter 0.1": _linear(router_jitter=0.1),
     "router switch, exponent 1.5": _linear(router_training="switch", exponent_init=1.5),
