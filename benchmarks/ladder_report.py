@@ -167,6 +167,25 @@ def table(rows: Rows, references: Sequence[str], costs: dict[str, float]) -> str
     return "\n".join(lines)
 
 
+def curve_table(rows: Rows, reference: str) -> str:
+    """In markdown, by the steps that all runs were measured at: loss minus the reference's."""
+    curves = {key: {int(k): v for k, v in row["curve"].items()} for key, row in rows.items()}
+    steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+    header = ["variant", *(f"{step} steps" for step in steps)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for variant in variants_of(rows):
+        cells = [f"{variant}, loss" if variant == reference else variant]
+        for step in steps:
+            losses: Rows = {key: {"loss": curve[step]} for key, curve in curves.items()}
+            if variant == reference:
+                values = [row["loss"] for (name, _), row in losses.items() if name == variant]
+            else:
+                values = paired(losses, variant, reference, "loss")
+            cells.append(with_error(values, 4, sign=variant != reference))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(results: list[dict], held: dict[str, dict[str, float]], path: Path) -> None:
     """Draws every metric by variant: mean and standard error, and each seed as a small dot."""
     import matplotlib
@@ -237,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nSame steps:\n\n{table(rungs, ('relu', 'softmax'), costs[task])}")
         timed = rows_of(results, task, "seconds")
         print(f"\nSame seconds:\n\n{table(timed, ('relu', 'softmax'), costs[task])}")
+        if any(name == "depthwise" for name, _ in everything):
+            print(f"\nLoss minus depthwise's, by step:\n\n{curve_table(everything, 'depthwise')}")
         changed = {k: row for k, row in everything.items() if k[0] in ABLATIONS or k[0] == "dydila"}
         if len(variants_of(changed)) > 1:
             print(f"\nOne field changed:\n\n{table(changed, ('dydila',), {})}")

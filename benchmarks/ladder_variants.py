@@ -101,7 +101,8 @@ SOFTMAX = {
     "softmax": AttentionConfig(kind="softmax", heads=SOFTMAX_HEADS, depthwise=0),
     "softmax, depthwise": AttentionConfig(kind="softmax", heads=SOFTMAX_HEADS),
 }
-# One field of DyDiLA changed: what the sources leave open.
+# One field of DyDiLA changed, or as many as the name lists: what the sources leave open. The weight
+# of the load-balance loss is that of Switch Transformer (arXiv 2101.03961).
 ABLATIONS = {
     "normalizer signed": _linear(normalizer="signed"),
     "normalizer none": _linear(normalizer="none"),
@@ -114,6 +115,10 @@ ABLATIONS = {
     "lambda 0.2": _linear(lambda_init=0.2),
     "lambda 0.8": _linear(lambda_init=0.8),
     "depthwise 0": _linear(depthwise=0),
+    "eps 0.1": _linear(eps=0.1),
+    "load balance 0.01": _linear(load_balance_weight=0.01),
+    "router jitter 0.1": _linear(router_jitter=0.1),
+    "router switch, exponent 1.5": _linear(router_training="switch", exponent_init=1.5),
 }
 VARIANTS = LADDER | SOFTMAX
 ALL_VARIANTS = VARIANTS | ABLATIONS

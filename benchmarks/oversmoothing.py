@@ -10,6 +10,8 @@ attention, the output of which is A V (without the depthwise term and before the
     effective rank   exp of the entropy of A's normalised singular values (Roy and Vetterli 2007),
                      over N: 1 / N when all rows are alike
     negative         share of a row's absolute weight that is negative
+    row weight       the sum |A_im| over m that 99% of all rows stay below: 1 where weights are
+                     positive and normalised; the differential's rows have no bound
     token similarity mean cosine between two tokens that the token mixer puts out, depthwise term
                      and last projection included: 1 when all tokens are alike
 
@@ -45,7 +47,7 @@ from dydilit_jax.models.config import ModelConfig
 from dydilit_jax.models.dydilit import DyDiLiT, layer_norm, modulate
 from dydilit_jax.models.pretrained import load_pretrained
 
-MEASURES = ("entropy", "effective_rank", "negative", "token_similarity")
+MEASURES = ("entropy", "effective_rank", "negative", "row_weight", "token_similarity")
 NOISE_SEED = 4
 SHOWN_HEADS = 2
 
@@ -122,6 +124,7 @@ class ObservedDyDiLiT(DyDiLiT):
                     "entropy": jnp.mean(row_entropy(weights)),
                     "effective_rank": jnp.mean(effective_rank(weights)),
                     "negative": jnp.mean(negative_share(weights)),
+                    "row_weight": jnp.quantile(jnp.sum(jnp.abs(weights), axis=-1), 0.99),
                     "token_similarity": jnp.mean(token_similarity(mixed)),
                 }
             )
@@ -180,7 +183,7 @@ def plot(results: dict[str, list[dict]], times: Sequence[float], task: str, path
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, len(MEASURES), figsize=(15, 7), layout="constrained")
+    figure, grid = pyplot.subplots(2, len(MEASURES), figsize=(18, 7), layout="constrained")
     markers = "osv^<>DPX*"
     for column, name in enumerate(MEASURES):
         for number, (variant, runs) in enumerate(results.items()):
@@ -270,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--map_time", type=int, default=2, help="index of the time of the maps")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--name", default="", help="of the files; oversmoothing_TASK if empty")
     options = parser.parse_args(arguments)
     _, held = load_split(TASKS[options.task], options.data_dir)
     images, labels = held.images[: options.images], held.labels[: options.images]
@@ -288,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not results:
         raise SystemExit(f"error: no networks in {options.out}: run benchmarks.ladder first")
     print(table(results))
-    name = f"oversmoothing_{options.task}"
+    name = options.name or f"oversmoothing_{options.task}"
     record = {"times": options.times, "images": options.images, "runs": results}
     (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(results, options.times, options.task, options.docs / f"{name}.png")

@@ -64,6 +64,7 @@ def test_the_observed_network_is_the_network():
     np.testing.assert_allclose(observed, own, rtol=1e-5, atol=1e-5)
     assert seen["weights"].shape == (2, 2, 2, 16, 16)
     assert all(seen[name].shape == (2,) for name in oversmoothing.MEASURES)
+    np.testing.assert_allclose(seen["row_weight"], 1.0, rtol=1e-4)  # a mean over the values
 
 
 def test_entropy_rank_and_sign_of_known_matrices():
