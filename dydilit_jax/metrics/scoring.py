@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.metrics.collectives import gather
-from dydilit_jax.metrics.features import Extractor, Features
+from dydilit_jax.metrics.features import Features, FeatureSpace
 from dydilit_jax.metrics.frechet import frechet_distance
 from dydilit_jax.metrics.inception_score import RunningInceptionScore
 from dydilit_jax.metrics.kernel_distance import kernel_distance
@@ -51,7 +51,7 @@ class Scorer:
 
     def __init__(
         self,
-        extractor: Extractor,
+        extractor: FeatureSpace,
         *,
         scores: Sequence[str] = SCORES,
         folder: Path | None = None,

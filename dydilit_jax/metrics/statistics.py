@@ -6,7 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.metrics.features import Extractor
+from dydilit_jax.metrics.features import FeatureSpace
 from dydilit_jax.metrics.frechet import Moments
 from dydilit_jax.metrics.names import INCEPTION
 from dydilit_jax.metrics.rows import KeptRows
@@ -45,7 +45,7 @@ class Reference:
     rows: KeptRows | None
     checksum: str = ""
 
-    def check(self, extractor: Extractor) -> None:
+    def check(self, extractor: FeatureSpace) -> None:
         """Raises UserError where another extractor made the features."""
         name = self.extractor or INCEPTION
         if name != extractor.name:
