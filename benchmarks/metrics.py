@@ -120,7 +120,8 @@ def score(name: str, scorer: Scorer, reference: Reference, mesh: Mesh) -> list[f
     """One of SCORES, as numbers."""
     if name == "frechet":
         return [frechet_distance(reference.pool, scorer.statistics().pool)]
-    assert reference.rows is not None and scorer.rows is not None
+    assert reference.rows is not None
+    assert scorer.rows is not None
     if name == "kernel":
         return list(kernel_distance(reference.rows, scorer.rows, mesh))
     origin = reference.pool.mean
@@ -138,9 +139,7 @@ def measure(
     steps: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, Peak.watched() as peak:
         parts = Path(folder)
-        reference = filled(
-            width, references, batch, 0, 0.0, parts / "reference", names
-        ).reference()
+        reference = filled(width, references, batch, 0, 0.0, parts / "reference", names).reference()
         before = peak.take()
 
         def timed(name: str, step: Callable[[], Any]) -> Any:
@@ -187,9 +186,12 @@ def check(width: int, counts: Sequence[int]) -> list[dict[str, float]]:
         nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
         row = {
             "rows": count,
-            "mean": max(_apart(our.mean, their.mean) for our, their in zip(ours, theirs)),
+            "mean": max(
+                _apart(our.mean, their.mean) for our, their in zip(ours, theirs, strict=True)
+            ),
             "covariance": max(
-                _apart(our.covariance, their.covariance) for our, their in zip(ours, theirs)
+                _apart(our.covariance, their.covariance)
+                for our, their in zip(ours, theirs, strict=True)
             ),
             "distance": distance,
             "distance_sqrtm": _apart(distance, without - 2.0 * np.trace(np.real(root))),
