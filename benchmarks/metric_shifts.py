@@ -18,7 +18,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,9 +147,7 @@ def measure(
         nonlocal seen, seconds
         start = time.perf_counter()
         parts = [_host(extract(padded)) for padded in _batches(images, batch)]
-        joined = Features(
-            *(np.concatenate(each)[: len(images)] for each in zip(*parts, strict=True))
-        )
+        joined = _map(lambda *each: np.concatenate(each)[: len(images)], *parts)
         seen, seconds = seen + len(images), seconds + time.perf_counter() - start
         print(f"{seen} images, {seen / seconds:.1f} a second", flush=True)
         return joined
@@ -162,7 +160,7 @@ def measure(
     jax.block_until_ready(extract(next(_batches(images.first, batch))))  # compiles
     reference: Reference = scorer_of(features(images.first)).reference()
     second, one = features(images.second), features(images.of_one_class)
-    both = Features(*(np.concatenate(each) for each in zip(second, one, strict=True)))
+    both = _map(lambda *each: np.concatenate(each), second, one)
 
     def sets() -> Iterator[tuple[str, float, Features]]:
         yield "halves", 0.0, second
@@ -172,7 +170,7 @@ def measure(
             yield "noise", deviation, features(noisy(images.second, deviation, seed))
         for share in IMBALANCE:
             chosen = imbalance(len(images.second), share, seed)
-            yield "one class", share, Features(*(each[chosen] for each in both))
+            yield "one class", share, _map(lambda each, chosen=chosen: each[chosen], both)
 
     rows = []
     for shift, strength, found in sets():
@@ -193,7 +191,14 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _host(features: Features) -> Features:
-    return Features(*(np.asarray(each) for each in features))  # type: ignore[arg-type]
+    """What the scores here need of features, as numpy arrays."""
+    return Features(*(np.asarray(each) for each in (features.pool, features.spatial)))  # type: ignore[arg-type]
+
+
+def _map(function: Callable[..., np.ndarray], *features: Features) -> Features:
+    """What a function makes of the pool features, and of the spatial ones."""
+    pool, spatial = (function(*each) for each in zip(*(each[:2] for each in features), strict=True))
+    return Features(pool, spatial)  # type: ignore[arg-type]
 
 
 def line(row: dict[str, Any]) -> str:
