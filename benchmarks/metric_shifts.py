@@ -18,7 +18,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +41,12 @@ from dydilit_jax.metrics.statistics import Reference
 from dydilit_jax.training.sharding import make_mesh
 
 SIZE = 32
-BLUR = (0.5, 1.0, 2.0)  # standard deviation, pixels
-NOISE = (8.0, 16.0, 32.0)  # standard deviation, of 255 levels
-IMBALANCE = (0.25, 0.5, 1.0)  # share of images that are of one class, beside its own tenth
+ONE = 0  # the one class: airplanes
+STRENGTHS = {
+    "blur": (0.5, 1.0, 2.0),  # standard deviation, pixels
+    "noise": (8.0, 16.0, 32.0),  # standard deviation, of 255 levels
+    "one class": (0.25, 0.5, 1.0),  # share that is replaced by images of one class
+}
 SCORES = ("frechet", "spatial_frechet", "kernel", "precision_recall")
 COLUMNS = (
     "frechet",
@@ -87,18 +90,17 @@ def choose(source: RecordSource, num: int, seed: int) -> tuple[np.ndarray, ...]:
     Args:
       source: of ten classes.
       num: of each set; a multiple of ten.
-      seed: of the choice, and of the one class.
+      seed: of the choice.
     """
     rng = np.random.default_rng(seed)
     labels = source.read_labels()
     classes = len(source.label_names)
-    one = int(rng.integers(classes))
     each = num // classes
     by_class = [rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)]
     return (
         np.concatenate([places[:each] for places in by_class]),
         np.concatenate([places[each : 2 * each] for places in by_class]),
-        by_class[one][2 * each : 2 * each + num],
+        by_class[ONE][2 * each : 2 * each + num],
     )
 
 
@@ -135,7 +137,12 @@ def imbalance(count: int, share: float, seed: int) -> np.ndarray:
 
 
 def measure(
-    images: Images, extractor: Extractor, batch: int, seed: int
+    images: Images,
+    extractor: Extractor,
+    batch: int,
+    seed: int,
+    strengths: Mapping[str, Sequence[float]] = STRENGTHS,
+    wanted: Sequence[str] = SCORES,
 ) -> tuple[list[dict[str, Any]], float]:
     """The scores of every set against the first half, and images a second of the network."""
     mesh = make_mesh(MeshConfig())
@@ -153,7 +160,7 @@ def measure(
         return joined
 
     def scorer_of(found: Features) -> Scorer:
-        scorer = Scorer(extractor, scores=SCORES)
+        scorer = Scorer(extractor, scores=wanted)
         scorer.add(found, np.arange(len(found.pool)))
         return scorer
 
@@ -164,11 +171,11 @@ def measure(
 
     def sets() -> Iterator[tuple[str, float, Features]]:
         yield "halves", 0.0, second
-        for sigma in BLUR:
+        for sigma in strengths["blur"]:
             yield "blur", sigma, features(blurred(images.second, sigma))
-        for deviation in NOISE:
+        for deviation in strengths["noise"]:
             yield "noise", deviation, features(noisy(images.second, deviation, seed))
-        for share in IMBALANCE:
+        for share in strengths["one class"]:
             chosen = imbalance(len(images.second), share, seed)
             yield "one class", share, _map(lambda each, chosen=chosen: each[chosen], both)
 
@@ -177,9 +184,10 @@ def measure(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SingularCovarianceWarning)
             scores = scorer_of(found).scores(reference, mesh)
-        values = {name: scores[score_name(extractor.name, name)] for name in COLUMNS}
+        named = {name: score_name(extractor.name, name) for name in COLUMNS}
+        values = {name: scores[key] for name, key in named.items() if key in scores}
         rows.append({"shift": shift, "strength": strength, **values})
-        print(line(rows[-1]), flush=True)
+        print(rows[-1], flush=True)
     return rows, seen / seconds
 
 
