@@ -16,6 +16,7 @@ What is written here has the same arrays, so that ADM's evaluator reads it, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import zipfile
@@ -205,7 +206,8 @@ def _write(
     except OSError as error:
         raise UserError(f"reference {str(path)!r} cannot be written: {error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _small(reference: Reference) -> dict[str, np.ndarray]:
