@@ -142,18 +142,16 @@ def measure(
         reference = filled(width, references, batch, 0, 0.0, parts / "reference", names).reference()
         before = peak.take()
 
-        def timed(name: str, step: Callable[[], Any]) -> Any:
+        def timed(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
             start = time.perf_counter()
-            result = step()
+            result = step(*arguments)
             steps[name] = {"seconds": time.perf_counter() - start, "peak_bytes": peak.take()}
             return result
 
-        scorer = timed(
-            "sums", lambda: filled(width, count, batch, 1, SHIFT, parts / "samples", names)
-        )
+        drawing = (width, count, batch, 1, SHIFT, parts / "samples", names)
+        scorer = timed("sums", filled, *drawing)
         for name in names:
-            values = timed(name, lambda name=name: score(name, scorer, reference, mesh))
-            steps[name]["values"] = values
+            steps[name]["values"] = timed(name, score, name, scorer, reference, mesh)
     return {"count": count, "peak_bytes_before": before, "steps": steps}
 
 
