@@ -69,11 +69,17 @@ class Images(NamedTuple):
 
 def random_inception(seed: int) -> InceptionExtractor:
     """The network of FID with random weights that keep the size of activations (He et al. 2015)."""
-    network = Inception(rngs=nnx.Rngs(seed))
-    state = nnx.state(network, nnx.Param)
-    # Flax's own are of variance 1 / inputs; a ReLU halves it.
-    nnx.update(network, jax.tree.map(lambda leaf: leaf * math.sqrt(2.0), state))
-    extractor = InceptionExtractor(network, f"seed {seed}")
+    graph, state = nnx.split(nnx.eval_shape(lambda: Inception(rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if leaf.ndim == 1:
+            return np.zeros(leaf.shape, np.float32)
+        spread = math.sqrt(2.0 / math.prod(leaf.shape[:-1]))
+        return np.float32(spread) * rng.standard_normal(leaf.shape, np.float32)
+
+    nnx.replace_by_pure_dict(state, jax.tree.map(draw, nnx.to_pure_dict(state)))
+    extractor = InceptionExtractor(nnx.merge(graph, state), f"seed {seed}")
     extractor.name = "random_inception"
     extractor.description = f"Inception's graph with random weights of seed {seed}, not FID's"
     return extractor

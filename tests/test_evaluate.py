@@ -254,6 +254,7 @@ def test_a_reference_holds_the_moments_of_the_data_set(command, evaluate, tmp_pa
 def test_a_reference_of_unknown_size_is_warned_of(evaluate, tmp_path):
     np.savez(tmp_path / "real.npz", arr_0=REAL)
     moments = {"mu": vectors(REAL).mean(0), "sigma": np.cov(vectors(REAL).T)}
+    moments["extractor"] = np.array("pixel")  # else they would be taken for Inception's
     arguments = [f"--images={tmp_path}/real.npz", "--features=pixels", "--scores=frechet"]
     np.savez(tmp_path / "sized.npz", **moments, image_shape=np.array([8, 8, 1]))
     np.savez(tmp_path / "bare.npz", **moments)

@@ -111,7 +111,7 @@ def main() -> None:
     scorer = scored(made.samples(), mesh, out / "samples", made.SAMPLES)
     scores = scorer.scores(reference, mesh)
     again = scorer.scores(read_reference(out / "reference.npz", made.FakeExtractor(), mesh), mesh)
-    result = [scores, again, len(scorer.rows or []), failures(reference, out)]
+    result = [scores, again, len(scorer.rows or []), failures(scorer.reference(), out)]
     (out / f"scores-{process}.json").write_text(json.dumps(result))
 
 
