@@ -10,10 +10,10 @@ Three uses; docs/evaluation.md explains them and says when numbers can be compar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +176,9 @@ def _score_run(workdir: Path) -> None:
 
 def _score_files(path: Path) -> None:
     """Scores images that are there."""
+    from dydilit_jax.agreement import raised_together
     from dydilit_jax.config import MeshConfig
     from dydilit_jax.data.image_files import open_images
-    from dydilit_jax.training.agreement import raised_together
     from dydilit_jax.training.score_job import ScoreJob
     from dydilit_jax.training.scoring import check_count, read_images
     from dydilit_jax.training.sharding import make_mesh
@@ -226,10 +226,10 @@ def _make_reference(out: Path) -> None:
     """Makes a reference of a config's data set."""
     import jax
 
+    from dydilit_jax.agreement import raised_together
     from dydilit_jax.config import MeshConfig
     from dydilit_jax.data.load import load_images
     from dydilit_jax.training import comparison
-    from dydilit_jax.training.agreement import raised_together
     from dydilit_jax.training.request import claim
     from dydilit_jax.training.score_job import saving, unfinished_folder
     from dydilit_jax.training.scoring import SourceImages
@@ -323,9 +323,9 @@ def _comparison(
 
     section = (config or Config()).evaluation
     reference = _REFERENCE.value or section.reference
-    own: Callable | None = None
+    own = None
     if config is not None and workdir is not None:
-        own = lambda: real_images(config, shape)  # noqa: E731
+        own = functools.partial(real_images, config, shape)
     return open_comparison(
         _choice(config),
         Path(reference) if reference else None,

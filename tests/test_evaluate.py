@@ -251,6 +251,22 @@ def test_a_reference_holds_the_moments_of_the_data_set(command, evaluate, tmp_pa
     assert report["scores"]["pixel_recall"] == 1.0
 
 
+def test_a_reference_of_unknown_size_is_warned_of(evaluate, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=REAL)
+    moments = {"mu": vectors(REAL).mean(0), "sigma": np.cov(vectors(REAL).T)}
+    moments["extractor"] = np.array("pixel")  # else they would be taken for Inception's
+    arguments = [f"--images={tmp_path}/real.npz", "--features=pixels", "--scores=frechet"]
+    np.savez(tmp_path / "sized.npz", **moments, image_shape=np.array([8, 8, 1]))
+    np.savez(tmp_path / "bare.npz", **moments)
+    for name in ("sized", "bare"):
+        report, _ = evaluate(*arguments, f"--reference={tmp_path}/{name}.npz")
+        assert report["scores"]["pixel_frechet"] == pytest.approx(0.0, abs=1e-6)
+        said = [line for line in report["warnings"] if "does not say of which size" in line]
+        assert len(said) == (name == "bare")
+        size = report["settings"]["reference_image_shape"]
+        assert size == ([8, 8, 1] if name == "sized" else "not known")
+
+
 def test_weights_labels_and_checkpoints_are_chosen(run, scored, evaluate):
     report, *_ = scored
     drawn = [f"--workdir={run}", "--num=60", "--seed=3"]
@@ -301,6 +317,7 @@ def pictures(tmp_path_factory):
     damaged = folder / "damaged" / "3.png"
     damaged.write_bytes(damaged.read_bytes()[:-40])
     np.savez(folder / "large.npz", arr_0=REAL.repeat(2, 1).repeat(2, 2))
+    np.savez(folder / "sized.npz", mu=np.zeros(64), sigma=np.eye(64), image_shape=(16, 16, 1))
     np.savez(folder / "huge.npz", arr_0=np.zeros((4, 80, 80, 3), np.uint8))
     np.savez(folder / "neither.npz", other=np.zeros(3))
     (folder / "empty").mkdir()
@@ -325,6 +342,10 @@ MISTAKES: dict[str, tuple[Any, ...]] = {
     ),
     "another size": (
         ["--workdir={run}", "--reference={pictures}/large.npz"],
+        "is of images 16 x 16, the samples are 8 x 8",
+    ),
+    "another size, without images": (
+        ["--workdir={run}", "--reference={pictures}/sized.npz"],
         "is of images 16 x 16, the samples are 8 x 8",
     ),
     "not a reference": (

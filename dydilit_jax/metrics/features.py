@@ -30,18 +30,17 @@ class Features(NamedTuple):
     logits: jax.Array | None = None
 
 
-class Extractor(Protocol):
-    """A network from images to features.
+class FeatureSpace(Protocol):
+    """What features are of, and how many: all that scores know of a network.
 
     Attributes:
-      name: what scores are named after (scoring.score_names): `inception` alone makes `fid`.
+      name: what scores are named after (names.score_name): `inception` alone makes `fid`.
       description: what was computed, for a report: network, resizing, dtype.
       checksum: sha256 of the file of weights, in hexadecimal digits; of what defines the features
         where there is no file.
       width: D of `Features.pool`.
       spatial_width: S of `Features.spatial`; 0 without.
       num_classes: K of `Features.logits`; 0 without.
-      parameters: tree of arrays that `apply` is given back.
     """
 
     name: str
@@ -50,6 +49,15 @@ class Extractor(Protocol):
     width: int
     spatial_width: int
     num_classes: int
+
+
+class Extractor(FeatureSpace, Protocol):
+    """A network from images to features.
+
+    Attributes:
+      parameters: tree of arrays that `apply` is given back.
+    """
+
     parameters: Any
 
     def apply(self, parameters: Any, images: jax.Array) -> Features:

@@ -70,7 +70,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     shift = first.mean - second.mean
     spread = np.trace(first.covariance) + np.trace(second.covariance)
     _warn_if_singular(first, values)
-    _warn_if_singular(second, None)
+    unknown = second.num_images == 0
+    _warn_if_singular(second, np.linalg.eigvalsh(second.covariance) if unknown else None)
     return float(shift @ shift + spread - 2.0 * cross)
 
 

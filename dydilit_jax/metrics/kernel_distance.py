@@ -69,18 +69,19 @@ def kernel_distance(
       reference, samples: this process's rows.
       mesh: of all processes; rows pass over it.
       subsets: how many are drawn.
-      subset_size: m; no more than the smaller set is taken.
+      subset_size: m; of a set no larger than that, half is drawn, so that subsets differ.
       seed: of the draws, which are torch-fidelity's for rows in the order of their indices.
 
     Raises:
-      UserError: fewer than two rows in a set, or fewer than two subsets.
+      UserError: fewer than four rows in a set, or fewer than two subsets.
     """
     rows = row_mesh(mesh)
     real, drawn = Lookup(reference, rows), Lookup(samples, rows)
-    size = min(subset_size, len(real), len(drawn))
+    smaller = min(len(real), len(drawn))
+    size = subset_size if smaller > subset_size else smaller // 2
     if size < 2 or subsets < 2:
         raise UserError(
-            f"a kernel distance needs two images in each set and two subsets, got {len(real)} and "
+            f"a kernel distance needs four images in each set and two subsets, got {len(real)} and "
             f"{len(drawn)} images and {subsets} subsets"
         )
     rng = np.random.RandomState(seed)

@@ -65,6 +65,13 @@ def blocks(path: Path, name: str, size: int) -> Iterator[np.ndarray]:
             yield array[start : start + size]
 
 
+def shape_of(file: NpzFile, name: str) -> tuple[int, ...]:
+    """The shape of an array of an opened .npz, of which no more is read."""
+    assert file.zip is not None
+    with file.zip.open(f"{name}.npy") as stream:
+        return _header(stream)[0]
+
+
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):

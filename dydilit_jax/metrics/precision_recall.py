@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.collectives import ROWS, from_each_process, gather, row_mesh
 from dydilit_jax.metrics.rows import KeptRows
@@ -82,7 +83,8 @@ class Blocks:
     def __iter__(self) -> Iterator[Block]:
         """The blocks; a collective."""
         for start in range(0, self.number * self.each, self.each):
-            found = self.rows.read(start, start + self.each)
+            with raised_together():
+                found = self.rows.read(start, start + self.each)
             rows = np.zeros((self.each, self.rows.width), np.float32)
             index = np.full(self.each, -1, np.int32)
             radii = np.zeros(self.each, np.float32)

@@ -10,11 +10,13 @@ What is written here has the same arrays, so that ADM's evaluator reads it, and 
 
     count            images that the moments are of
     extractor, extractor_checksum, description    what the features are of
+    image_shape      (3,) height, width and channels of the images
     features         (n, D) float32 of arr_0's images, so that none need be computed again
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import zipfile
@@ -26,12 +28,13 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.lib.npyio import NpzFile
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.autoencoders.weights import sha256_of
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.collectives import every_device
 from dydilit_jax.metrics.features import Extractor, compile_extractor
 from dydilit_jax.metrics.frechet import Moments
-from dydilit_jax.metrics.npz import blocks, opened, write_blocks
+from dydilit_jax.metrics.npz import blocks, opened, shape_of, write_blocks
 from dydilit_jax.metrics.rows import KeptRows, Lookup
 from dydilit_jax.metrics.scoring import Scorer, add_images
 from dydilit_jax.metrics.statistics import Reference
@@ -74,6 +77,7 @@ def read_reference(
             for name in ("extractor", "extractor_checksum", "description")
         }
         count = int(file["count"]) if "count" in names else 0
+        shape = _image_shape(file)
         pool = _moments(file, path, "pool", extractor.width, count)
         spatial = _moments(file, path, "spatial", extractor.spatial_width, count)
     checksum = sha256_of(path)
@@ -85,7 +89,13 @@ def read_reference(
     reference = None
     if pool is not None:
         reference = Reference(
-            **texts, pool=pool, spatial=spatial, count=count, rows=None, checksum=checksum
+            **texts,
+            pool=pool,
+            spatial=spatial,
+            count=count,
+            rows=None,
+            checksum=checksum,
+            image_shape=shape,
         )
         reference.check(extractor)
         if not rows or names.isdisjoint({"features", "arr_0"}):
@@ -131,8 +141,13 @@ def make_reference(
     scores += ["spatial_frechet"] if spatial else []
     scores += ["precision_recall"] if rows else []
     scorer = Scorer(extractor, scores=scores, folder=folder)
-    add_images(scorer, compile_extractor(extractor, mesh), batches, mesh)
-    return scorer.reference()
+    batches = iter(batches)
+    head = next(batches, None)
+    if head is None:
+        raise UserError("a reference needs images, got none")
+    images = itertools.chain([head], batches)
+    add_images(scorer, compile_extractor(extractor, mesh), images, mesh)
+    return dataclasses.replace(scorer.reference(), image_shape=head.shape[1:])
 
 
 def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarray] = ()) -> None:
@@ -145,41 +160,71 @@ def write_reference(path: Path, reference: Reference, images: Iterable[np.ndarra
         ADM's evaluator needs; none: the file has no `arr_0`.
 
     Raises:
-      UserError: images that are not uint8, or not as many as rows.
+      UserError: images that are not uint8, or not as many as rows; a file that cannot be written.
+        What one process raises, its rows or the images being unreadable, all raise.
     """
+    lookup = None if reference.rows is None else Lookup(reference.rows, every_device())
+    features = _features(lookup)
+    with raised_together():
+        try:
+            if jax.process_index() == 0:
+                _write(path, reference, lookup, features, images)
+        finally:
+            # What the first process writes comes from all of them, until it is told that it failed.
+            for _ in features:
+                pass
+
+
+def _write(
+    path: Path,
+    reference: Reference,
+    lookup: Lookup | None,
+    features: Iterator[np.ndarray],
+    images: Iterable[np.ndarray],
+) -> None:
+    """What the first process does of `write_reference`."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
+            for name, array in _small(reference).items():
+                write_blocks(archive, name, array.shape, [array])
+            if lookup is not None:
+                shape: tuple[int, ...] = (len(lookup), lookup.rows.width)
+                write_blocks(archive, "features", shape, features)
+            written = iter(images)
+            head = next(written, None)
+            if head is not None:
+                if head.dtype != np.uint8 or lookup is None:
+                    raise UserError(
+                        f"images of a reference must be uint8 and have rows, got {head.dtype} and "
+                        f"{'no rows' if lookup is None else 'rows'}"
+                    )
+                shape = (len(lookup), *head.shape[1:])
+                write_blocks(archive, "arr_0", shape, itertools.chain([head], written))
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"reference {str(path)!r} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _small(reference: Reference) -> dict[str, np.ndarray]:
+    """The arrays of a reference but those of rows and images."""
     small = {
         "extractor": np.array(reference.extractor),
         "extractor_checksum": np.array(reference.extractor_checksum),
         "description": np.array(reference.description),
         "count": np.array(reference.count),
     }
+    if reference.image_shape is not None:
+        small["image_shape"] = np.array(reference.image_shape)
     for part, moments in (("pool", reference.pool), ("spatial", reference.spatial)):
         if moments is not None:
             mean, covariance = MOMENTS[part]
             small |= {mean: moments.mean, covariance: moments.covariance}
-    lookup = None if reference.rows is None else Lookup(reference.rows, every_device())
-    if jax.process_index() > 0:
-        for _ in _features(lookup):  # What the first process writes comes from all of them.
-            pass
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
-        for name, array in small.items():
-            write_blocks(archive, name, array.shape, [array])
-        if lookup is not None:
-            write_blocks(archive, "features", (len(lookup), lookup.rows.width), _features(lookup))
-        written = iter(images)
-        head = next(written, None)
-        if head is not None:
-            if head.dtype != np.uint8 or lookup is None:
-                raise UserError(
-                    f"images of a reference must be uint8 and have rows, got {head.dtype} and "
-                    f"{'no rows' if lookup is None else 'rows'}"
-                )
-            shape = (len(lookup), *head.shape[1:])
-            write_blocks(archive, "arr_0", shape, itertools.chain([head], written))
-    unfinished.replace(path)
+    return small
 
 
 def _features(lookup: Lookup | None) -> Iterator[np.ndarray]:
@@ -188,6 +233,22 @@ def _features(lookup: Lookup | None) -> Iterator[np.ndarray]:
     for start in range(0, count, ROWS_AT_ONCE):
         assert lookup is not None
         yield lookup.take(np.arange(start, min(start + ROWS_AT_ONCE, count)))
+
+
+def image_shape_of(path: Path) -> tuple[int, ...] | None:
+    """(H, W, C) of a reference's images; None where the file does not say.
+
+    Raises:
+      UserError: no such file, or no .npz.
+    """
+    with opened(path) as file:
+        return _image_shape(file)
+
+
+def _image_shape(file: NpzFile) -> tuple[int, ...] | None:
+    if "image_shape" in file.files:
+        return tuple(file["image_shape"].tolist())
+    return shape_of(file, "arr_0")[1:] if "arr_0" in file.files else None
 
 
 def _kept_features(path: Path, width: int, folder: Path | None) -> KeptRows:

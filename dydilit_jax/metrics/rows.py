@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.collectives import first_filled, gather
 
@@ -134,7 +135,8 @@ class Lookup:
     def __init__(self, rows: KeptRows, mesh: Mesh):
         self.rows, self.mesh = rows, mesh
         step = max(1, FILE_BYTES // (4 * rows.width))
-        blocks = [rows.read(i, i + step)["index"] for i in range(0, len(rows), step)]
+        with raised_together():
+            blocks = [rows.read(i, i + step)["index"] for i in range(0, len(rows), step)]
         own = np.concatenate([np.empty(0, np.int64), *blocks])
         counts = gather(np.array(len(rows)))
         padded = np.full(int(counts.max()), -1, np.int64)
@@ -150,6 +152,12 @@ class Lookup:
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """(m, D) float32 rows at these places (m,), on every process; a collective."""
+        with raised_together():
+            own = self._own_rows(places)
+        return first_filled(own, self.mesh)
+
+    def _own_rows(self, places: np.ndarray) -> np.ndarray:
+        """The same, zero where another process has the row."""
         wanted = self.indices[places]
         found = np.searchsorted(self._own, wanted)
         found = np.minimum(found, max(0, len(self._own) - 1))
@@ -157,4 +165,4 @@ class Lookup:
         if len(self._own):
             here = self._own[found] == wanted
             result[here] = self.rows.at(self._order[found[here]])
-        return first_filled(result, self.mesh)
+        return result

@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.metrics.collectives import gather
-from dydilit_jax.metrics.features import Extractor, Features
+from dydilit_jax.metrics.features import Features, FeatureSpace
 from dydilit_jax.metrics.frechet import frechet_distance
 from dydilit_jax.metrics.inception_score import RunningInceptionScore
 from dydilit_jax.metrics.kernel_distance import kernel_distance
@@ -51,7 +52,7 @@ class Scorer:
 
     def __init__(
         self,
-        extractor: Extractor,
+        extractor: FeatureSpace,
         *,
         scores: Sequence[str] = SCORES,
         folder: Path | None = None,
@@ -96,7 +97,8 @@ class Scorer:
 
         Raises:
           UserError: features that are not finite; names the image. It may be one of the batch
-            before, and comes from the call that reads the sums for the last.
+            before, and comes from the call that reads the sums for the last. It comes on the
+            process that has the image: several processes call `add` within `raised_together`.
         """
         used = Features(
             features.pool,
@@ -163,22 +165,27 @@ class Scorer:
           UserError: a state of another extractor or of other scores.
         """
         self.batches, states = newest_state(folder)
-        for arrays in states:
-            if str(arrays["identity"]) != self._identity():
-                raise UserError(
-                    f"{str(folder)!r} holds an evaluation of {arrays['identity']}, this is one of "
-                    f"{self._identity()}: delete the folder to begin anew"
-                )
-            self.done = max(self.done, int(arrays["done"]))
-            self.pool.merge(RunningMoments.restored(_part(arrays, "pool")))
-            if self.spatial is not None:
-                self.spatial.merge(RunningMoments.restored(_part(arrays, "spatial")))
-            if self.logits is not None:
-                self.logits.merge(RunningInceptionScore.restored(_part(arrays, "logits")))
-            if self.rows is not None:
-                self.rows.take_up(_part(arrays, "rows"))
+        with raised_together():
+            for arrays in states:
+                self._take_up(arrays, folder)
         self.done = int(gather(np.array(self.done)).max())
         return self.done
+
+    def _take_up(self, arrays: Arrays, folder: Path) -> None:
+        """Takes up a part of a state."""
+        if str(arrays["identity"]) != self._identity():
+            raise UserError(
+                f"{str(folder)!r} holds an evaluation of {arrays['identity']}, this is one of "
+                f"{self._identity()}: delete the folder to begin anew"
+            )
+        self.done = max(self.done, int(arrays["done"]))
+        self.pool.merge(RunningMoments.restored(_part(arrays, "pool")))
+        if self.spatial is not None:
+            self.spatial.merge(RunningMoments.restored(_part(arrays, "spatial")))
+        if self.logits is not None:
+            self.logits.merge(RunningInceptionScore.restored(_part(arrays, "logits")))
+        if self.rows is not None:
+            self.rows.take_up(_part(arrays, "rows"))
 
     def _identity(self) -> str:
         """What a state must agree in."""
@@ -188,7 +195,8 @@ class Scorer:
 
     def count(self) -> int:
         """Number of images of all processes; a collective."""
-        self._settle()
+        with raised_together():
+            self._settle()
         return int(gather(np.array(self.pool.count)).sum())
 
     def statistics(self) -> Statistics:

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.collectives import gather
 
@@ -69,14 +70,15 @@ def newest_state(folder: Path) -> tuple[int, list[Arrays]]:
     if not processes:
         return 0, []
     parts = []
-    for process in range(jax.process_index(), processes, jax.process_count()):
-        path = folder / f"state-{batches:08d}-{process}-of-{processes}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                parts.append(dict(file))
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{str(path)!r}, the state of an evaluation that was begun, cannot be read "
-                f"({error}): delete its folder to begin anew"
-            ) from error
+    with raised_together():
+        for process in range(jax.process_index(), processes, jax.process_count()):
+            path = folder / f"state-{batches:08d}-{process}-of-{processes}.npz"
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    parts.append(dict(file))
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise UserError(
+                    f"{str(path)!r}, the state of an evaluation that was begun, cannot be read "
+                    f"({error}): delete its folder to begin anew"
+                ) from error
     return batches, parts

@@ -6,7 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.metrics.features import Extractor
+from dydilit_jax.metrics.features import FeatureSpace
 from dydilit_jax.metrics.frechet import Moments
 from dydilit_jax.metrics.names import INCEPTION
 from dydilit_jax.metrics.rows import KeptRows
@@ -34,6 +34,8 @@ class Reference:
       rows: this process's pool features of images, for precision, recall and kernel distance;
         None without.
       checksum: sha256 of the file that it was read from; empty where it was computed.
+      image_shape: (H, W, C) of the images; None where it is not known (moments alone, made
+        elsewhere).
     """
 
     extractor: str
@@ -44,8 +46,9 @@ class Reference:
     count: int
     rows: KeptRows | None
     checksum: str = ""
+    image_shape: tuple[int, ...] | None = None
 
-    def check(self, extractor: Extractor) -> None:
+    def check(self, extractor: FeatureSpace) -> None:
         """Raises UserError where another extractor made the features."""
         name = self.extractor or INCEPTION
         if name != extractor.name:

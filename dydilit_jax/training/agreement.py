@@ -1,62 +1,12 @@
-"""What the processes of a run must decide alike; with one process nothing is asked."""
+"""Whether any process wants something, asked while the devices are at work."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from dydilit_jax.errors import UserError
-
-TEXT_BYTES = 1000
-
-
-def common_text(text: str | None) -> str | None:
-    """The text of the first process that has one, on every process; None if none has one.
-
-    A collective: every process calls it.
-
-    Args:
-      text: this process's, of which 1,000 bytes are kept where there are several.
-    """
-    if jax.process_count() == 1:
-        return text
-    from jax.experimental import multihost_utils
-
-    encoded = np.zeros(TEXT_BYTES, np.uint8)
-    raw = np.frombuffer((text or "").encode()[:TEXT_BYTES], np.uint8)
-    encoded[: len(raw)] = raw
-    gathered = np.asarray(multihost_utils.process_allgather(encoded)).reshape(-1, TEXT_BYTES)
-    for row in gathered:
-        if row.any():
-            return bytes(row[row != 0]).decode(errors="ignore")
-    return None
-
-
-@contextmanager
-def raised_together() -> Iterator[None]:
-    """Raises a UserError of any process on every process; a collective."""
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    if (problem := common_text(problem)) is not None:
-        raise UserError(problem)
-
-
-def of_first_process(value: int) -> int:
-    """The first process's whole number, on every process; a collective."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class AnyProcess:

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dydilit_jax.agreement import common_text, of_first_process
 from dydilit_jax.config import Config, differing_fields
 from dydilit_jax.errors import UserError
-from dydilit_jax.training.agreement import common_text, of_first_process
 from dydilit_jax.training.integrity import (
     MANIFEST,
     Arrays,

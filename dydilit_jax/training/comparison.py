@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from dydilit_jax.agreement import of_first_process, raised_together
 from dydilit_jax.config import Config
-from dydilit_jax.data.image_files import ImageFiles, NpzImages
+from dydilit_jax.data.image_files import ImageFiles
 from dydilit_jax.data.load import load_images
 from dydilit_jax.data.sources import Source
 from dydilit_jax.errors import UserError, unknown_name
@@ -28,10 +29,14 @@ from dydilit_jax.metrics.classifier import STEPS, load_classifier, train_classif
 from dydilit_jax.metrics.extractors import EXTRACTORS, load_extractor
 from dydilit_jax.metrics.features import Extractor, compile_extractor
 from dydilit_jax.metrics.pixels import PixelFeatures, check_small
-from dydilit_jax.metrics.references import Reference, read_reference, write_reference
+from dydilit_jax.metrics.references import (
+    Reference,
+    image_shape_of,
+    read_reference,
+    write_reference,
+)
 from dydilit_jax.metrics.rows import KeptRows
 from dydilit_jax.metrics.scoring import Scorer
-from dydilit_jax.training.agreement import of_first_process, raised_together
 from dydilit_jax.training.scoring import (
     SourceImages,
     batches,
@@ -83,6 +88,16 @@ class Comparison:
     extractor: Extractor
     reference: Reference
     path: Path
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be checked of them, a line each."""
+        if self.reference.image_shape is not None:
+            return []
+        return [
+            f"reference {str(self.path)!r} does not say of which size its images are: scores mean "
+            "something only if they are as large as the samples"
+        ]
 
 
 def real_images(config: Config, image_shape: tuple[int, int, int]) -> Source:
@@ -165,11 +180,8 @@ def _how_to_make(choice: Choice, path: Path) -> str:
 
 def _check_image_shape(path: Path, image_shape: tuple[int, int, int]) -> None:
     """Raises UserError where a reference's images are of another size than the samples."""
-    with np.load(path, allow_pickle=False) as arrays:
-        if "arr_0" not in arrays.files:
-            return
-    found = NpzImages(path).image_shape
-    if found[:2] != image_shape[:2]:
+    found = image_shape_of(path)
+    if found is not None and found[:2] != image_shape[:2]:
         raise UserError(
             f"reference {str(path)!r} is of images {found[0]} x {found[1]}, the samples are "
             f"{image_shape[0]} x {image_shape[1]}: use a reference of their size"
@@ -275,13 +287,14 @@ def make_reference(
     batch_size = fitting_batch(batch_size, num, mesh)
     with told(num, "image", "computing a reference", first) as update:
         for indices, pixels in batches(images, num, batch_size=batch_size, first=first):
-            scorer.add(extract(pixels), indices)
+            features = extract(pixels)
+            with raised_together():
+                scorer.add(features, indices)
             update(int(np.sum(indices >= 0)))
             save(scorer, int(indices.max()) + 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = (chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size))
-    write_reference(path, scorer.reference(), map(files.read, parts))
-    of_first_process(0)  # The file is there, and its rows are no longer needed elsewhere.
+    reference = dataclasses.replace(scorer.reference(), image_shape=files.image_shape)
+    write_reference(path, reference, map(files.read, parts))
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dydilit_jax.agreement import of_first_process
 from dydilit_jax.data.sources import Source
 from dydilit_jax.drawing import draw_grid, save_png
 from dydilit_jax.metrics.features import Features, compile_extractor
 from dydilit_jax.metrics.pixels import pixel_scores
 from dydilit_jax.metrics.scoring import Scorer
-from dydilit_jax.training.agreement import of_first_process
 from dydilit_jax.training.comparison import (
     REFERENCES,
     Choice,
@@ -131,7 +131,7 @@ class Evaluation:
             return False
         scores, warned = scores_of(scorer, self._comparison.reference, self.mesh)
         if jax.process_index() == 0:
-            for line in warned if not self._warned else ():
+            for line in self._comparison.warnings + warned if not self._warned else ():
                 warn(line)
             told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             print(f"step {step}  {told}", file=sys.stderr, flush=True)

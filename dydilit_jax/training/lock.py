@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.errors import UserError
-from dydilit_jax.training.agreement import raised_together
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 5.0

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
+from dydilit_jax.agreement import common_text, raised_together
 from dydilit_jax.config import Config
 from dydilit_jax.data.load import load_data
 from dydilit_jax.data.prefetch import DevicePrefetch
 from dydilit_jax.errors import UserError
 from dydilit_jax.models.count import multiply_adds
-from dydilit_jax.training.agreement import common_text, raised_together
 from dydilit_jax.training.checkpoint import Checkpointer, open_workdir
 from dydilit_jax.training.evaluation import Evaluation
 from dydilit_jax.training.guard import WATCHED, not_finite

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dydilit_jax.agreement import of_first_process, raised_together
 from dydilit_jax.config import Config
 from dydilit_jax.metrics.features import compile_extractor
 from dydilit_jax.metrics.scoring import SCORES, Scorer
 from dydilit_jax.training import score_report
-from dydilit_jax.training.agreement import of_first_process, raised_together
 from dydilit_jax.training.comparison import Comparison, told
 from dydilit_jax.training.image_parts import ImageParts
 from dydilit_jax.training.interruption import Interruption, stop_signals
@@ -64,7 +64,8 @@ class Saving:
         """`done` images are in the sums; raises Stopped when the evaluation is to stop."""
         stop = self._interruption.agreed_now() and done < self._num
         if stop or done - self._saved >= self._every:
-            scorer.save(self._folder)
+            with raised_together():
+                scorer.save(self._folder)
             self._saved = done
         if stop:
             raise Stopped(done, self._num)
@@ -172,10 +173,12 @@ class ScoreJob:
                 features = extract(pixels)
                 if parts is not None:
                     parts.add(indices, pixels)
-                scorer.add(features, indices)
+                with raised_together():
+                    scorer.add(features, indices)
                 update(int(np.sum(indices >= 0)))
                 save(scorer, int(indices.max()) + 1)
         scores, warned = scores_of(scorer, self.comparison.reference, self.mesh)
+        warned = self.comparison.warnings + warned
         if jax.process_index() == 0:
             for line in warned:
                 warn(line)

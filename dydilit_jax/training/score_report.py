@@ -60,6 +60,7 @@ def reference_fields(path: Path, reference: Reference) -> dict[str, Any]:
         "reference": str(path.resolve()),
         "reference_checksum": reference.checksum,
         "reference_images": reference.count or "not known",
+        "reference_image_shape": list(reference.image_shape or ()) or "not known",
     }
 
 

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dydilit_jax.agreement import raised_together
 from dydilit_jax.autoencoders import images_from
 from dydilit_jax.config import SamplingConfig
 from dydilit_jax.data.image_files import ImageFiles
@@ -32,7 +33,6 @@ from dydilit_jax.metrics.frechet import SingularCovarianceWarning
 from dydilit_jax.metrics.precision_recall import NEIGHBOURS
 from dydilit_jax.metrics.references import Reference
 from dydilit_jax.metrics.scoring import SCORES, Scorer
-from dydilit_jax.training.agreement import raised_together
 from dydilit_jax.training.decoding import DECODED_AT_ONCE
 from dydilit_jax.training.generation import check_labels, compile_generator
 from dydilit_jax.training.sharding import batch_sharding
@@ -217,7 +217,9 @@ def score_batches(
 ) -> bool:
     """Adds the features of `num` images to a scorer; False if it was stopped meanwhile."""
     for indices, pixels in batches(images, num, batch_size=batch_size):
-        scorer.add(extract(pixels), indices)
+        features = extract(pixels)
+        with raised_together():
+            scorer.add(features, indices)
         if stopped():
             return False
     return True

@@ -88,6 +88,19 @@ def test_kernel_distance():
     assert ours.standard_error == pytest.approx(std / np.sqrt(made.SUBSETS - 1), rel=1e-4)
 
 
+def test_subsets_of_small_sets_differ():
+    """Of no more images than a subset has, halves are drawn: else the error would be none."""
+    samples, reference = np.asarray(made.samples().pool), np.asarray(made.reference().pool)
+    ours = kernel_distance(
+        kept(reference), kept(samples), one_device(), subsets=20, subset_size=made.REFERENCE
+    )
+    halves = kernel_distance(
+        kept(reference), kept(samples), one_device(), subsets=20, subset_size=made.REFERENCE // 2
+    )
+    assert ours == halves
+    assert ours.standard_error > 0.0
+
+
 def test_squared_discrepancy_by_its_definition():
     first, second = (np.asarray(made.features(n, n).pool)[:, :8] for n in (7, 9))
 
@@ -108,6 +121,33 @@ def test_squared_discrepancy_by_its_definition():
 def test_precision_and_recall(scores, theirs):
     wanted = THEIRS["precision_recall"][theirs]
     assert [scores["precision"], scores["recall"]] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_vector_on_the_edge_of_a_ball_is_inside():
+    """Points of a line; the reference's balls reach 3, 2, 2, 3 far."""
+    reference, samples = ([[0.0], [1.0], [2.0], [3.0]], [[-3.0], [6.0], [-3.5], [100.0]])
+    ours = precision_recall(kept(np.array(reference)), kept(np.array(samples)), one_device())
+    assert ours == (0.5, 1.0)
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    """float32 distances from zero would be rounded to some tenths here."""
+    reference, samples = (
+        np.asarray(each.pool) + np.float32(1000.0) for each in (made.reference(), made.samples())
+    )
+    radii, exact = [], [each.astype(np.float64) for each in (reference, samples)]
+    between = ((exact[0][:, None] - exact[1]) ** 2).sum(axis=-1)
+    for rows in exact:
+        within = ((rows[:, None] - rows) ** 2).sum(axis=-1)
+        radii.append(np.sort(within, axis=1)[:, 3])
+    wanted = (
+        (between <= radii[0][:, None]).any(axis=0).mean(),
+        (between <= radii[1]).any(axis=1).mean(),
+    )
+    origin = exact[0].mean(axis=0)
+    ours = precision_recall(kept(reference), kept(samples), one_device(), origin=origin)
+    assert ours == pytest.approx(wanted, abs=1e-12)
+    assert ours != precision_recall(kept(reference), kept(samples), one_device())
 
 
 def test_precision_and_recall_of_adm_differ_by_its_float16_alone(scores):

@@ -1,11 +1,19 @@
 """The Frechet distance against scipy's matrix square root and against closed forms."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.linalg
 
 from dydilit_jax.errors import UserError
-from dydilit_jax.metrics.frechet import Moments, frechet_distance, moments
+from dydilit_jax.metrics.frechet import (
+    Moments,
+    SingularCovarianceWarning,
+    frechet_distance,
+    moments,
+)
+from dydilit_jax.metrics.moments import RunningMoments
 
 
 def random_moments(rng: np.random.Generator, width: int, rank: int) -> Moments:
@@ -79,6 +87,66 @@ def test_singular_covariances():
     near = Moments(low.mean, low.covariance + 1e-12 * np.eye(10))
     np.testing.assert_allclose(frechet_distance(low, full), by_scipy(near, full), rtol=1e-4)
     np.testing.assert_allclose(frechet_distance(low, full), frechet_distance(full, low), rtol=1e-7)
+
+
+def test_a_singular_covariance_of_unknown_origin_is_told_by_its_rank():
+    rng = np.random.default_rng(5)
+    low, full = random_moments(rng, 10, 9), random_moments(rng, 10, 20)
+    known = full._replace(num_images=20)
+    for pair in ((low, full), (low, known), (known, low)):
+        with pytest.warns(SingularCovarianceWarning, match="in 10 dimensions is singular"):
+            frechet_distance(*pair)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(full, full)
+        frechet_distance(known, full)
+
+
+WIDTH = 2048
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Correlated positive features of Inception's width, and as many as the test says of them."""
+    rng = np.random.default_rng(6)
+    mixing = rng.standard_normal((64, WIDTH)).astype(np.float32)
+    return [
+        np.maximum(
+            rng.standard_normal((count, 64), np.float32) @ mixing / 8
+            + 0.3 * rng.standard_normal((count, WIDTH), np.float32)
+            + shift,
+            0.0,
+        )
+        for count, shift in ((2500, 0.0), (300, 0.1))
+    ]
+
+
+def test_statistics_at_full_width(wide):
+    """More images than features, and fewer, against numpy's; the distance by singular values.
+
+    With A and B the centred rows over sqrt(n - 1), the trace of (A^T A B^T B)^(1/2) is the sum of
+    the singular values of A B^T. (scipy's sqrtm takes minutes here: benchmarks.metrics --check.)
+    """
+    ours, centred = [], []
+    for rows in wide:
+        running = RunningMoments(WIDTH)
+        for start in range(0, len(rows), 128):
+            running.add(rows[start : start + 128])
+        ours.append(running.reduced())
+        exact = rows.astype(np.float64)
+        np.testing.assert_allclose(ours[-1].mean, exact.mean(axis=0), rtol=1e-12)
+        covariance = np.cov(exact, rowvar=False)
+        np.testing.assert_allclose(
+            ours[-1].covariance, covariance, rtol=0, atol=1e-12 * np.abs(covariance).max()
+        )
+        centred.append((exact - exact.mean(axis=0)) / np.sqrt(len(rows) - 1))
+    with pytest.warns(SingularCovarianceWarning, match="of 300 images, in 2048 dimensions"):
+        distance = frechet_distance(*ours)
+    first, second = centred
+    shift = wide[0].mean(axis=0, dtype=np.float64) - wide[1].mean(axis=0, dtype=np.float64)
+    cross = np.linalg.svd(first @ second.T, compute_uv=False).sum()
+    wanted = shift @ shift + np.sum(first**2) + np.sum(second**2) - 2.0 * cross
+    assert distance == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (0, 4), (5,), (2, 3, 4)])

@@ -3,9 +3,6 @@
 The fixtures are of tests/fixtures/make_inception_fixtures.py.
 """
 
-import ast
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,25 +13,19 @@ from dydilit_jax.metrics import resizing
 from dydilit_jax.metrics.features import Features, compile_extractor, to_levels
 from dydilit_jax.metrics.inception import InceptionExtractor
 from dydilit_jax.metrics.inception_weights import filled
-from tests.metrics.weights import tensor
+from tests.metrics.weights import INCEPTION, inception_tensors
 from tests.tiny import mesh_of
-
-FIXTURE = Path(__file__).parent / "fixtures" / "inception.npz"
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    with np.load(FIXTURE) as file:
+    with np.load(INCEPTION) as file:
         return dict(file)
 
 
 @pytest.fixture(scope="module")
-def tensors(theirs):
-    shapes = map(ast.literal_eval, map(str, theirs["shapes"]))
-    return {
-        name: tensor(name, shape)
-        for name, shape in zip(map(str, theirs["names"]), shapes, strict=True)
-    }
+def tensors():
+    return inception_tensors()
 
 
 @pytest.fixture(scope="module")

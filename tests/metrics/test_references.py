@@ -4,6 +4,7 @@ import pytest
 from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.frechet import moments
 from dydilit_jax.metrics.references import (
+    image_shape_of,
     make_reference,
     read_images,
     read_reference,
@@ -62,6 +63,7 @@ def test_computed_written_and_read(tmp_path, images, batches, wanted):
     check_rows(again, wanted)
     assert again.count == again.pool.num_images == 150
     assert len(again.checksum) == 64
+    assert reference.image_shape == again.image_shape == (4, 4, 3)
     assert [len(batch) for batch in read_images(path, 40)] == [40, 40, 40, 30]
     np.testing.assert_array_equal(np.concatenate(list(read_images(path, 40))), images)
 
@@ -85,6 +87,7 @@ def test_adms_layout(tmp_path, images, wanted):
     np.testing.assert_array_equal(reference.spatial.mean, spatial.mean)
     check_rows(reference, wanted)
     assert reference.count == 0
+    assert reference.image_shape == image_shape_of(path) == (4, 4, 3)
     assert read_reference(path, EXTRACTOR, MESH, rows=False).rows is None
 
 
@@ -101,6 +104,14 @@ def test_moments_alone(tmp_path, wanted):
     np.savez(path, mu=wanted[0].mean, sigma=wanted[0].covariance)
     reference = read_reference(path, EXTRACTOR, MESH)
     assert reference.spatial is reference.rows is None
+    assert reference.image_shape is image_shape_of(path) is None
+
+
+def test_a_file_without_images_says_how_large_they_were(tmp_path, batches):
+    path = tmp_path / "reference.npz"
+    write_reference(path, make_reference(batches, EXTRACTOR, MESH, spatial=False, rows=False))
+    assert image_shape_of(path) == (4, 4, 3)
+    assert read_reference(path, EXTRACTOR, MESH).image_shape == (4, 4, 3)
 
 
 def test_arrays_in_other_orders_are_read(tmp_path, images):
@@ -146,4 +157,4 @@ def test_images_that_are_not_those_of_the_rows_are_refused(tmp_path, batches):
     reference = make_reference(batches, EXTRACTOR, MESH, spatial=False)
     with pytest.raises(UserError, match="array arr_0"):
         write_reference(tmp_path / "file.npz", reference, images=batches[:2])
-    assert not (tmp_path / "file.npz").exists()
+    assert list(tmp_path.iterdir()) == []

@@ -197,7 +197,7 @@ def test_an_unknown_score_is_named():
 def test_sets_too_small_for_neighbours_or_subsets_are_refused():
     one = KeptRows(4)
     one.add(np.ones((1, 4)), np.arange(1))
-    with pytest.raises(UserError, match="needs two images in each set"):
+    with pytest.raises(UserError, match="needs four images in each set"):
         kernel_distance(one, one, MESH)
     with pytest.raises(UserError, match="more than 3 images in each set, got 1 and 1"):
         precision_recall(one, one, MESH)
