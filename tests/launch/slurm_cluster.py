@@ -204,7 +204,7 @@ class SlurmCluster:
             capture_output=True,
             text=True,
         )
-        return len(found.stdout.split())
+        return len(set(found.stdout.split()))  # a line for each of its partitions
 
     def _kill(self, pid_file: str) -> None:
         path = self.folder / pid_file
