@@ -23,7 +23,9 @@ from dydilit_jax.training.topology import open_topology, parse_topology
 
 _CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for, such as v5e:16x16.")
-_WHAT = flags.DEFINE_string("what", "train", "train: an optimizer step. sample: a batch of images.")
+_WHAT = flags.DEFINE_string(
+    "what", "train", "train: an optimizer step. sample: a batch. decode: its images."
+)
 _JSON = flags.DEFINE_string("json", None, "Write the account to this file as well.")
 _SEARCH = flags.DEFINE_bool(
     "search", False, "Try meshes and rematerialisations, and rank those that fit."
@@ -50,6 +52,8 @@ def main() -> None:
 
     if _WHAT.value not in PROGRAMS:
         raise unknown_name("program", _WHAT.value, PROGRAMS)
+    if _SEARCH.value and _WHAT.value == "decode":
+        raise UserError("--search is for train and sample: a host's devices decode image by image")
     topology = open_topology(name, Path(_GPU_TARGET.value) if _GPU_TARGET.value else None)
     if _SEARCH.value:
         result, fits = _search(config, topology)

@@ -39,14 +39,17 @@ USAGE
 
 VALUED="job project cluster location image topology slices gpu gpus-per-node nodes queue priority namespace
 service-account volume shared memory max-restarts grace array task host"
-VALUED=${VALUED//$'\n'/ }
 PORT=8476
 
-# `kubectl`: the command that speaks to the cluster.
-connect() {
+where() {
+  job_name
   required project "the Google Cloud project"
   required cluster "the GKE cluster"
   required location "the cluster's zone or region"
+}
+
+# `kubectl`: the command that speaks to the cluster.
+connect() {
   local namespace=${option[namespace]-default}
   kubectl=(kubectl "--context=gke_${option[project]}_${option[location]}_${option[cluster]}"
     "--namespace=$namespace")
@@ -200,12 +203,9 @@ MANIFEST
 
 # `manifests`: of all JobSets; `names`: theirs; `all_buckets`: that they use.
 prepare() {
-  job_name
-  required project "the Google Cloud project"
-  required cluster "the GKE cluster"
-  required location "the cluster's zone or region"
+  where
   required image "built from launch/docker and pushed; it has the code"
-  [[ ${option[image]} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || die "--image=${option[image]} is no image's name"
+  check_image
   number slices 1 1
   number gpus-per-node 8 1
   number nodes 1 1
@@ -219,9 +219,10 @@ prepare() {
     ((option[slices] == 1)) || die "--slices is for TPUs: GPU hosts are counted by --nodes"
     gpu_name "${option[gpu]}"
   fi
-  claims=()
-  [[ -z ${option[volume]-} ]] || mapfile -t claims <<<"${option[volume]}"
-  [[ -z ${option[shared]-} ]] || mapfile -t shared_places <<<"${option[shared]}"
+  values_of volume
+  claims=("${values[@]}")
+  values_of shared
+  shared_places=("${values[@]}")
   local each
   for each in "${claims[@]}"; do
     [[ $each =~ ^[a-z0-9][a-z0-9.-]*:/.+ ]] || die "--volume=$each has the form CLAIM:/FOLDER"
@@ -229,7 +230,6 @@ prepare() {
   done
   local lines=("") k=0 name line
   if [[ -n ${option[array]-} ]]; then
-    ((!${#program[@]})) || die "give either --array=FILE or a program behind --, not both"
     check_array
     lines=("${commands[@]}")
   fi
@@ -271,7 +271,7 @@ start() {
 task_name() { echo "${option[job]}${option[task]+-${option[task]}}"; }
 
 status() {
-  job_name
+  where
   connect
   run "${kubectl[@]}" get jobsets.jobset.x-k8s.io "--selector=dydilit-jax/launch=${option[job]}" \
     "--output=jsonpath={range .items[*]}{.metadata.name}{\"\t\"}{.status.terminalState}{\"\t\"}{.status.restarts}{\"\t\"}{range .status.replicatedJobsStatus[*]}{.ready} ready, {.succeeded} succeeded, {.failed} failed{end}{\"\n\"}{end}" |
@@ -281,7 +281,7 @@ status() {
 }
 
 logs() {
-  job_name
+  where
   number host 0 0
   connect
   local selector
@@ -291,7 +291,7 @@ logs() {
 }
 
 delete() {
-  job_name
+  where
   connect
   # SIGTERM to every pod, and the time of --grace to save.
   if [[ -n ${option[task]-} ]]; then
@@ -301,15 +301,4 @@ delete() {
   fi
 }
 
-command=${1-}
-(($#)) && shift
-case $command in
-  start | manifest | status | logs | delete) ;;
-  "" | --help | -h | help)
-    usage
-    exit 0
-    ;;
-  *) die "unknown command '$command': start, manifest, status, logs or delete; see launch/gke.sh --help" ;;
-esac
-parse_options "$VALUED" "dry-run follow spot" "$@"
-"$command"
+command_line "start manifest status logs delete" "$VALUED" "dry-run follow spot" "$@"

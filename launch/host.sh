@@ -37,30 +37,24 @@ find_watcher() {
 
 # `words`: what stands before the program, and `code`, where it runs.
 find_environment() {
-  local venv mount mounts=() gpus=all
-  code=$ROOT
+  local venv mount gpus=all
   if [[ -n ${option[image]-} ]]; then
     [[ -n ${option[dry-run]-} ]] || command -v docker >/dev/null || die "there is no docker on this machine"
-    [[ -z ${option[mount]-} ]] || mapfile -t mounts <<<"${option[mount]}"
+    values_of mount
     [[ -z ${option[gpus]-} ]] || gpus="\"device=${option[gpus]}\"" # quoted: Docker reads a list of its own
     code=$folder
     words=(docker run --rm --name "$(container_name)" --user "$(id -u):$(id -g)" --env HOME=/tmp
       --network host --ipc host --gpus "$gpus")
-    for mount in "$folder" "${outputs[@]}" "${mounts[@]}"; do
+    for mount in "$folder" "${outputs[@]}" "${values[@]}"; do
       [[ $mount != *[,\"]* ]] || die "'$mount' cannot be mounted: Docker takes no comma and no quote there"
       words+=(--mount "type=bind,source=$mount,target=$mount")
     done
     words+=("${option[image]}")
     return
   fi
-  [[ -z ${option[mount]-} ]] || die "--mount is for containers: give --image too"
-  find_venv
+  find_checkout
   words=(env "VIRTUAL_ENV=$venv" "PATH=$venv/bin:$PATH")
   [[ -z ${option[gpus]-} ]] || words+=("CUDA_VISIBLE_DEVICES=${option[gpus]}")
-  if [[ ${option[code]} == revision ]]; then
-    clean_revision "--code=here"
-    code=$folder/code/$revision
-  fi
 }
 
 # One for each folder, so that it can be found again.
@@ -106,23 +100,20 @@ status() {
   if [[ -n $watcher ]]; then
     printf 'RUNNING\t%s\n' "$watcher"
   else
-    case $code in
-      "") [[ -f $folder/run.log ]] && echo LOST || echo ABSENT ;;
-      0) echo FINISHED ;;
-      75) echo STOPPED ;;
-      *) echo "FAILED($code)" ;;
-    esac
+    if [[ -n $code ]]; then
+      end_word "$code"
+    elif [[ -f $folder/run.log ]]; then
+      echo LOST
+    else
+      echo ABSENT
+    fi
   fi
 }
 
 logs() {
   find_folder
   [[ -f $folder/run.log ]] || die "$folder has no run.log: nothing was started there"
-  if [[ -n ${option[follow]-} ]]; then
-    run tail -n +1 -F "$folder/run.log"
-  else
-    run cat "$folder/run.log"
-  fi
+  show_log "$folder/run.log"
 }
 
 delete() {
@@ -143,15 +134,5 @@ delete() {
   flock "$folder/lock" true
 }
 
-command=${1-}
-(($#)) && shift
-case $command in
-  start | status | logs | delete) ;;
-  "" | --help | -h | help)
-    usage
-    exit 0
-    ;;
-  *) die "unknown command '$command': start, status, logs or delete; see launch/host.sh --help" ;;
-esac
-parse_options "folder workdir code venv image mount gpus max-restarts" "dry-run follow now" "$@"
-"$command"
+command_line "start status logs delete" "folder workdir code venv image mount gpus max-restarts" \
+  "dry-run follow now" "$@"

@@ -132,6 +132,24 @@ parse_options() {
   done
 }
 
+# command_line "COMMANDS" "NAMES WITH VALUE" "NAMES WITHOUT" ARGUMENT...: what every launch script does:
+# reads its arguments and runs the function that the first one, a command, names.
+command_line() {
+  local choices=" $1 " valued=${2//$'\n'/ } plain=$3 command=${4-} script=launch/${0##*/}
+  shift 3
+  (($#)) && shift
+  case $command in
+    "" | --help | -h | help)
+      usage
+      exit 0
+      ;;
+  esac
+  [[ $command =~ ^[a-z]+$ && $choices == *" $command "* ]] ||
+    die "unknown command '$command'. Known:${choices% }; see $script --help"
+  parse_options "$valued" "$plain" "$@"
+  "$command"
+}
+
 # required NAME WHAT: the option must be given, once.
 required() {
   [[ -n ${option[$1]-} ]] || die "--$1 is missing: $2"
@@ -153,6 +171,12 @@ one_of() {
   shift
   for choice; do [[ ${option[$name]} != "$choice" ]] || return 0; done
   die "--$name=${option[$name]} is unknown. Known: $(quoted "$@")"
+}
+
+# values_of NAME: `values` of an option that may be given again.
+values_of() {
+  values=()
+  [[ -z ${option[$1]-} ]] || mapfile -t values <<<"${option[$1]}"
 }
 
 job_name() {
@@ -215,6 +239,11 @@ outputs_of() {
   done
 }
 
+# check_image: --image is the name of one in a registry.
+check_image() {
+  [[ ${option[image]} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || die "--image=${option[image]} is no image's name"
+}
+
 # find_folder: `folder` is that of the job's own files: --folder, or WORKDIR/launch.
 find_folder() {
   folder=${option[folder]-}
@@ -235,6 +264,17 @@ find_venv() {
   venv=$(cd "$venv" && pwd)
 }
 
+# find_checkout: without an image, `venv`, and `code`, where the program starts: this checkout, or a copy of
+# HEAD that is to be made in `folder`, as --code says.
+find_checkout() {
+  [[ -z ${option[mount]-} ]] || die "--mount is for containers: give --image too"
+  find_venv
+  code=$ROOT
+  [[ ${option[code]} == revision ]] || return 0
+  clean_revision "--code=here"
+  code=$folder/code/$revision
+}
+
 # words_of LINE: `program` from a line of shell words, of which nothing is expanded.
 words_of() {
   local words
@@ -243,9 +283,10 @@ words_of() {
   mapfile -t program <<<"$words"
 }
 
-# check_array: the file of --array has one command a line; `commands` are its lines.
+# check_array: the file of --array has one command a line, in place of a program; `commands` are its lines.
 check_array() {
   local line k=0
+  ((!${#program[@]})) || die "give either --array=FILE or a program behind --, not both"
   [[ -f ${option[array]} ]] || die "--array=${option[array]} is not a file"
   mapfile -t commands <"${option[array]}"
   ((${#commands[@]})) || die "--array=${option[array]} is empty: it has one command a line"
@@ -254,6 +295,26 @@ check_array() {
     [[ -n ${line//[[:space:]]/} ]] || die "line $k of --array=${option[array]} is empty"
     words_of "$line" || die "line $k of --array=${option[array]} has a quote without an end"
   done
+}
+
+# ---- What has become of it
+
+# end_word STATUS: how a run has ended, by its exit status.
+end_word() {
+  case $1 in
+    0) echo FINISHED ;;
+    "$STOPPED_STATUS") echo STOPPED ;;
+    *) echo "FAILED($1)" ;;
+  esac
+}
+
+# show_log FILE: all of it, and with --follow what comes.
+show_log() {
+  if [[ -n ${option[follow]-} ]]; then
+    run tail -n +1 -F "$1"
+  else
+    run cat "$1"
+  fi
 }
 
 # ---- Code by revision

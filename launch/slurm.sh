@@ -39,7 +39,6 @@ USAGE
 
 VALUED="job nodes gpus-per-node cpus-per-task mem partition account qos constraint time sbatch-option grace
 max-restarts folder workdir code venv container image mount code-in-image array max-parallel task"
-VALUED=${VALUED//$'\n'/ }
 
 # `code` and `environment`: options of the batch script that say where the code is and what runs it.
 find_code() {
@@ -52,24 +51,17 @@ find_code() {
     required image "an image file, or a name like docker://registry/image:tag"
     code=${option[code-in-image]-/opt/dydilit_jax}
     environment=("--container=${option[container]}" "--image=${option[image]}")
-    local mount mounts=()
-    [[ -z ${option[mount]-} ]] || mapfile -t mounts <<<"${option[mount]}"
-    for mount in "${mounts[@]}"; do environment+=("--mount=$mount"); done
-    for mount in "$folder" "${outputs[@]}" "${mounts[@]}"; do
+    local mount
+    values_of mount
+    for mount in "${values[@]}"; do environment+=("--mount=$mount"); done
+    for mount in "$folder" "${outputs[@]}" "${values[@]}"; do
       [[ $mount != *[,:]* ]] || die "'$mount' cannot be mounted: a container's mounts take no comma or colon"
     done
     return
   fi
-  [[ -z ${option[mount]-} ]] || die "--mount is for containers: give --container and --image too"
   local venv
-  find_venv
+  find_checkout
   environment=("--venv=$venv")
-  if [[ ${option[code]} == here ]]; then
-    code=$ROOT
-  else
-    clean_revision "--code=here"
-    code=$folder/code/$revision
-  fi
 }
 
 start() {
@@ -79,7 +71,6 @@ start() {
   number grace 120 0
   number max-restarts 3 0
   if [[ -n ${option[array]-} ]]; then
-    ((!${#program[@]})) || die "give either --array=FILE or a program behind --, not both"
     required folder "where the array's code and logs are, visible to all hosts"
     check_array
   else
@@ -131,9 +122,8 @@ start() {
     submit+=("--array=$name")
   fi
   submit+=("--output=${folder//%/%%}/logs/$log.out")
-  local extra=()
-  [[ -z ${option[sbatch-option]-} ]] || mapfile -t extra <<<"${option[sbatch-option]}"
-  submit+=("${extra[@]}" "$ROOT/launch/slurm_job.sh" "--folder=$folder" "--code=$code"
+  values_of sbatch-option
+  submit+=("${values[@]}" "$ROOT/launch/slurm_job.sh" "--folder=$folder" "--code=$code"
     "--max-restarts=${option[max-restarts]}" "${environment[@]}")
 
   [[ -n ${option[dry-run]-} ]] || command -v sbatch >/dev/null ||
@@ -195,11 +185,7 @@ status() {
     for file in "$folder/exit/$job" "$folder/exit/$job"_*; do
       [[ -f $file && ${file##*/} != *.* ]] || continue
       number=${file##*/}
-      case $(<"$file") in
-        0) state=FINISHED ;;
-        75) state=STOPPED ;;
-        *) state="FAILED($(<"$file"))" ;;
-      esac
+      state=$(end_word "$(<"$file")")
       printf '%s\t%s\t%s\t\n' "$number" "$state" "${restarts_of[$number]-}"
     done
   done <"$folder/jobs"
@@ -214,11 +200,7 @@ logs() {
   [[ -n $number ]] || die "no job ${option[job]} was started with $folder"
   file=$folder/logs/$number${option[task]+_${option[task]}}.out
   [[ -f $file ]] || die "$file is not there: the job has not started yet, or is an array, of which --task=K is one"
-  if [[ -n ${option[follow]-} ]]; then
-    run tail -n +1 -F "$file"
-  else
-    run cat "$file"
-  fi
+  show_log "$file"
 }
 
 delete() {
@@ -251,15 +233,4 @@ delete() {
   [[ -n $found ]] || die "no job of yours named $name${option[task]+, task ${option[task]},} is in the queue"
 }
 
-command=${1-}
-(($#)) && shift
-case $command in
-  start | status | logs | delete) ;;
-  "" | --help | -h | help)
-    usage
-    exit 0
-    ;;
-  *) die "unknown command '$command': start, status, logs or delete; see launch/slurm.sh --help" ;;
-esac
-parse_options "$VALUED" "dry-run follow now" "$@"
-"$command"
+command_line "start status logs delete" "$VALUED" "dry-run follow now" "$@"

@@ -39,7 +39,6 @@ USAGE
 
 VALUED="job project zone topology slices slice host repository image nfs shared runtime network subnetwork
 service-account valid-until max-restarts poll"
-VALUED=${VALUED//$'\n'/ }
 BASE=/opt/dydilit # of all that a host holds
 ASK="cat $BASE/status 2>/dev/null || echo running"
 FAILURES=3        # requests in a row that fail before the slice was there
@@ -63,10 +62,11 @@ node_names() {
 
 # `startup_script`: what each host runs as root when it starts.
 make_startup_script() {
-  local i nfs=() shared=() mark=END_OF_SUPERVISE
-  [[ -z ${option[nfs]-} ]] || mapfile -t nfs <<<"${option[nfs]}"
-  [[ -z ${option[shared]-} ]] || mapfile -t shared <<<"${option[shared]}"
-  shared_places=("${shared[@]}")
+  local i nfs shared mark=END_OF_SUPERVISE
+  values_of nfs
+  nfs=("${values[@]}")
+  values_of shared
+  shared=("${values[@]}") shared_places=("${values[@]}")
   for ((i = 0; i < ${#nfs[@]}; i++)); do
     [[ ${nfs[i]} =~ ^[A-Za-z0-9.-]+:/[^:]*:/[^:]+$ ]] || die "--nfs=${nfs[i]} has the form SERVER:/EXPORT:/FOLDER"
     shared_places+=("${nfs[i]##*:}")
@@ -76,7 +76,7 @@ make_startup_script() {
   check_shared "${outputs[@]}"
   repository="" revision=""
   if [[ -n ${option[image]-} ]]; then
-    [[ ${option[image]} =~ ^[A-Za-z0-9][A-Za-z0-9._:/@-]*$ ]] || die "--image=${option[image]} is no image's name"
+    check_image
   else
     clean_revision "--image"
     pushed_revision
@@ -273,15 +273,4 @@ delete() {
   remove
 }
 
-command=${1-}
-(($#)) && shift
-case $command in
-  start | keep | status | logs | delete) ;;
-  "" | --help | -h | help)
-    usage
-    exit 0
-    ;;
-  *) die "unknown command '$command': start, keep, status, logs or delete; see launch/tpu.sh --help" ;;
-esac
-parse_options "$VALUED" "dry-run follow now spot reserved internal-ips" "$@"
-"$command"
+command_line "start keep status logs delete" "$VALUED" "dry-run follow now spot reserved internal-ips" "$@"

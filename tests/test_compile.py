@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
+import jax
 import pytest
 
 from dydilit_jax.config import MeshConfig
@@ -42,6 +44,39 @@ def slice_of(chip, *shape):
     return Topology(f"{chip.name}:{name}", "tpu", places, chip, len(places), shape)
 
 
+GPUS = ("--topology=cuda:1x1x8",)
+# As XLA describes a GPU to itself; its figures are NVIDIA's.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+runtime_version: { major: 12 minor: 8 patch: 0 }
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+needs_gpu_compiler = pytest.mark.skipif(
+    not any(importlib.util.find_spec(each) for each in topology.GPU_COMPILERS),
+    reason="needs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version (no GPU)",
+)
+
 MISTAKES = {
     "no topology": ([CONFIG], ["--topology is missing"]),
     "no config": (["--topology=v5e:2x4"], ["--config is missing"]),
@@ -55,10 +90,14 @@ MISTAKES = {
         ["topology of v5e 'v5e:3x3'", "v5e:2x4, v5e:4x4", "v5e:16x16"],
     ),
     "shape of GPUs": ([CONFIG, "--topology=cuda:8"], ["cuda:SLICESxHOSTSxGPUS"]),
-    "no GPU's compiler": ([CONFIG, "--topology=cuda:1x1x8"], ["jax[cuda12]", "--gpu_target"]),
+    "no GPU": ([CONFIG, "--topology=cuda:1x1x8"], ["--gpu_target=FILE"]),
     "no file of a GPU": (
         [CONFIG, "--topology=cuda:1x1x8", "--gpu_target=nowhere.txt"],
         ["--gpu_target=nowhere.txt is no file"],
+    ),
+    "no host decodes by itself": (
+        [CONFIG, "--topology=v5e:2x4", "--what=decode", "--search"],
+        ["--search is for train and sample"],
     ),
     "unknown program": (
         [CONFIG, "--topology=v5e:2x4", "--what=trian"],
@@ -86,6 +125,44 @@ def test_a_missing_libtpu_is_told_with_what_to_install(monkeypatch):
     with pytest.raises(UserError, match=r"needs libtpu.*requirements-tpu\.txt") as error:
         topology.open_topology("v5e:2x4")
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_compiler_for_gpus_is_told_with_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    target = tmp_path / "h100.txtpb"
+    target.write_text(H100)
+    with pytest.raises(UserError, match=r"needs JAX's compiler for GPUs") as error:
+        topology.open_topology("cuda:1x1x8", target)
+    assert f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@needs_gpu_compiler
+def test_a_step_is_compiled_for_gpus_that_are_not_there(command, tmp_path):
+    """A network for eight H100: each has a part of the matrices, and gathers and sums the rest."""
+    target, out = tmp_path / "h100.txtpb", tmp_path / "account.json"
+    target.write_text(H100)
+    code, output, errors = command(
+        COMPILE, "--config=configs/digits.py:attention=relu,feedforward=mlp", *GPUS,
+        f"--gpu_target={target}", f"--json={out}", "--config.model.depth=1",
+        "--config.data.batch_size=128", "--config.mesh.data=1", "--config.mesh.fsdp=8",
+    )  # fmt: skip
+    assert code == 0, errors
+    account = json.loads(out.read_text())
+    assert account["topology"]["device"]["name"] == "H100"
+    assert account["topology"]["devices"] == 8
+    assert 0.9 < account["model_flops"] / (8 * account["flops_per_device"]) < 1.1
+    assert any(row["axes"] == ["fsdp"] for row in account["collectives"])
+    assert account["fits"]
+    assert "8 devices of 989 TFLOP/s" in output
+
+
+@needs_gpu_compiler
+def test_a_target_that_is_none_is_one_line(command, tmp_path):
+    target = tmp_path / "h100.txtpb"
+    target.write_text("gpu: H100")
+    code, _, errors = command(COMPILE, CONFIG, *GPUS, f"--gpu_target={target}")
+    assert_one_line(code, errors, str(target), "XLA's description")
 
 
 def test_every_listed_topology_is_one():

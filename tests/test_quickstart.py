@@ -17,8 +17,10 @@ from PIL import Image
 
 from tests.tiny import ROOT
 
+# As a user has it, one device; compiled in a hurry, as conftest.py lets all tests do.
+HURRIED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
-STEPS = 30
+STEPS, IMAGES = 30, 40
 
 
 def code_cells(notebook):
@@ -61,7 +63,8 @@ def executed():
         cell.outputs, cell.execution_count = [], None
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("QUICKSTART_STEPS", str(STEPS))
-        environment.delenv("XLA_FLAGS", raising=False)  # one device, compiled as for a user
+        environment.setenv("QUICKSTART_IMAGES", str(IMAGES))
+        environment.setenv("XLA_FLAGS", HURRIED)
         nbclient.NotebookClient(
             notebook,
             timeout=600,

@@ -10,8 +10,15 @@ import jax.numpy as jnp
 
 from dydilit_jax.autoencoders.dc import AutoencoderDC
 from dydilit_jax.autoencoders.kl import AutoencoderKL
-from dydilit_jax.autoencoders.layout import config_fields, fill, parse_config, tensors_of
-from dydilit_jax.autoencoders.weights import KNOWN, WeightsFile, locate
+from dydilit_jax.autoencoders.layout import (
+    Sizes,
+    abstract,
+    config_fields,
+    fill,
+    parse_config,
+    tensors_of,
+)
+from dydilit_jax.autoencoders.weights import KNOWN, WeightsFile, known_name, locate
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.models.pretrained.files import (
     CONFIG_FILE,
@@ -58,14 +65,36 @@ def load_autoencoder(
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     file = locate(weights, revision=revision, sha256=sha256)
-    source = repr(str(file.path))
-    fields = read_config(file.path)
-    if not fields:
-        raise UserError(f"{source} has no {CONFIG_FILE} beside it, which tells its sizes")
-    config = parse_config(fields, repr(str(file.path.parent / CONFIG_FILE)))
+    config = _sizes_beside(file.path)
     check_scaling(config.scaling_factor, scaling_factor, file)
+    source = repr(str(file.path))
     autoencoder = fill(config, read_tensors(file.path), source, jnp.dtype(dtype))
     return Pretrained(autoencoder, file)
+
+
+def abstract_autoencoder(weights: str, *, dtype: str = "float32") -> AutoencoderKL | AutoencoderDC:
+    """An autoencoder with shapes in place of its weights; a known one is not fetched for it.
+
+    Args:
+      weights, dtype: as `load_autoencoder`'s.
+
+    Raises:
+      UserError: an unknown name, or a folder that does not tell the sizes.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    name = known_name(weights)
+    if name is not None and not Path(weights).expanduser().exists():
+        return abstract(KNOWN[name].sizes, jnp.dtype(dtype))
+    return abstract(_sizes_beside(locate(weights).path), jnp.dtype(dtype))
+
+
+def _sizes_beside(file: Path) -> Sizes:
+    """What config.json beside a file of weights says."""
+    fields = read_config(file)
+    if not fields:
+        raise UserError(f"{str(file)!r} has no {CONFIG_FILE} beside it, which tells its sizes")
+    return parse_config(fields, repr(str(file.parent / CONFIG_FILE)))
 
 
 def check_scaling(own: float, wanted: float | None, file: WeightsFile) -> None:

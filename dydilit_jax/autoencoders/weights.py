@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from dydilit_jax.autoencoders.dc import DCConfig
+from dydilit_jax.autoencoders.kl import KLConfig
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.models.pretrained.files import CONFIG_FILE, DIFFUSERS_FILE, find_weights
 
@@ -22,6 +24,7 @@ class KnownWeights:
       sha256: checksum of the file of weights; empty where it is not known here, and the user's
         checksum is the only one.
       scaling_factor: what the latents are multiplied with.
+      sizes: that their config.json gives.
       file: name of the file of weights.
     """
 
@@ -29,6 +32,7 @@ class KnownWeights:
     revision: str
     sha256: str
     scaling_factor: float
+    sizes: KLConfig | DCConfig
     file: str = DIFFUSERS_FILE
 
 
@@ -39,18 +43,21 @@ KNOWN = {
         revision="f04b2c4b98319346dad8c65879f680b1997b204a",
         sha256="32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
         scaling_factor=0.18215,
+        sizes=KLConfig(),
     ),
     "sd-vae-ft-mse": KnownWeights(
         repo="stabilityai/sd-vae-ft-mse",
         revision="31f26fdeee1355a5c34592e401dd41e45d25a493",
         sha256="a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
         scaling_factor=0.18215,
+        sizes=KLConfig(),
     ),
     "dc-ae-f32c32-sana-1.0": KnownWeights(
         repo="mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers",
         revision="ca69e17e97609e64ce055115a6515215109b1f50",
         sha256="",
         scaling_factor=0.41407,
+        sizes=DCConfig(),
     ),
 }
 
@@ -71,6 +78,11 @@ class WeightsFile:
     name: str
 
 
+def known_name(weights: str) -> str | None:
+    """The name in KNOWN of weights that may have their owner before it; None for others."""
+    return next((name for name, known in KNOWN.items() if weights in (name, known.repo)), None)
+
+
 def locate(weights: str, *, revision: str = "", sha256: str = "") -> WeightsFile:
     """Finds weights in a folder, or fetches them by their name.
 
@@ -85,7 +97,7 @@ def locate(weights: str, *, revision: str = "", sha256: str = "") -> WeightsFile
         or a folder named after other weights than it holds.
     """
     path = Path(weights).expanduser()
-    name = _known_name(weights)
+    name = known_name(weights)
     if path.exists():
         found = find_weights(path / "vae" if (path / "vae").is_dir() else path)
         return _checked(found, sha256, None, path.resolve().name)
@@ -111,19 +123,12 @@ def identity(weights: str, *, sha256: str = "") -> dict[str, str]:
     """
     if sha256:
         return {"weights_sha256": sha256.lower()}
-    name = _known_name(weights)
+    name = known_name(weights)
     if name is None or Path(weights).expanduser().exists():
         return {"weights_sha256": locate(weights).sha256}
     if KNOWN[name].sha256:
         return {"weights_sha256": KNOWN[name].sha256}
     return {"autoencoder": name}
-
-
-def _known_name(weights: str) -> str | None:
-    return next(
-        (name for name, known in KNOWN.items() if weights in (name, known.repo)),
-        None,
-    )
 
 
 def _checked(file: Path, wanted: str, fetched: str | None, folder: str) -> WeightsFile:

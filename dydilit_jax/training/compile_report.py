@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def report(program: Program) -> dict[str, Any]:
 
 def estimate(program: Program, line: Roofline) -> dict[str, Any]:
     """What follows from the roofline; pairs are (all overlapped, none)."""
-    devices = len(program.topology.devices)
+    devices = math.prod(program.mesh.values())
     seconds = (line.overlapped, line.serial)
     peak = program.topology.chip.flops * devices
     result: dict[str, Any] = {
@@ -109,16 +110,22 @@ def text(program: Program) -> str:
 def _head(program: Program) -> list[str]:
     topology, chip = program.topology, program.topology.chip
     model, config = program.config.model, program.config
-    what = {"train": "training step", "sample": f"sampling, {config.sampling.steps} steps"}
+    what = {
+        "train": "training step",
+        "sample": f"sampling, {config.sampling.steps} steps",
+        "decode": f"decoding by {config.autoencoder.weights}",
+    }
     accumulation = config.optimizer.accumulation_steps
+    latents = f"latents of {model.image_size} x {model.image_size} x {model.channels}"
+    size = latents if program.what == "decode" else f"{model.tokens} tokens"
     parts = f" in {accumulation} parts" if accumulation > 1 and program.what == "train" else ""
+    policy = f"rematerialisation {model.rematerialisation}; " if program.what == "train" else ""
     return [
-        f"{what[program.what]} of {program.images} images{parts}, {model.tokens} tokens each",
+        f"{what[program.what]} of {program.images} images{parts}, {size} each",
         f"{topology.name}: {topology.chips} chips, {len(topology.devices)} devices of "
         f"{chip.flops / 1e12:g} TFLOP/s, {chip.hbm / GIB:.4g} GiB, {chip.hbm_bandwidth / 1e9:,.0f} "
         f"GB/s, links of {chip.link_bandwidth / 1e9:g} GB/s ({chip.source})",
-        f"mesh {mesh_text(program.mesh)}; rematerialisation {model.rematerialisation}; "
-        f"compiled in {program.seconds:.0f} s",
+        f"mesh {mesh_text(program.mesh)}; {policy}compiled in {program.seconds:.0f} s",
     ]
 
 
@@ -157,7 +164,7 @@ def _performance(program: Program) -> list[str]:
     line = program.roofline
     if line is None:
         return []
-    devices = len(program.topology.devices)
+    devices = math.prod(program.mesh.values())
     numbers = estimate(program, line)
     share = program.model_flops / (line.flops * devices) if line.flops else 0.0
     lines = [

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,28 @@ def work(module: Module, schedule: Schedule) -> list[Work]:
         for computation, instruction, times in schedule.instructions(module)
         if any(cost := instruction_cost(module, computation, instruction))
     ]
+
+
+def product_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions that a traced function asks for.
+
+    Args:
+      jaxpr: of it; without loops, whose trips are not counted.
+    """
+    flops = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left = equation.invars[0].aval.shape
+            contracted = equation.params["dimension_numbers"][0][0]
+            flops += 2.0 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            flops += 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)  # of a closed one
+            flops += product_flops(inner) if hasattr(inner, "eqns") else 0.0
+    return flops
 
 
 def unknown_kernels(module: Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dydilit_jax.autoencoders import Pretrained, images_from, load_autoencoder
+from dydilit_jax.autoencoders import Autoencoder, Pretrained, images_from, load_autoencoder
 from dydilit_jax.config import AutoencoderConfig
 from dydilit_jax.errors import UserError
 
@@ -53,17 +54,13 @@ def make_decoder(
     if not config.weights:
         return lambda images: images
     devices = devices or jax.local_devices()
-    mesh = Mesh(np.asarray(devices), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = decoder_mesh(devices)
     autoencoder = configured_autoencoder(config).autoencoder
-    if channels not in (None, autoencoder.latent_channels):
-        raise UserError(
-            f"autoencoder {config.weights!r} decodes latents of {autoencoder.latent_channels} "
-            f"channels, the network draws {channels}"
-        )
+    check_channels(config, autoencoder, channels)
     graph, state = nnx.split(autoencoder)
     parameters = jax.device_put(state, NamedSharding(mesh, P()))
     batch = NamedSharding(mesh, P("batch"))
-    decode = jax.jit(lambda parameters, z: images_from(nnx.merge(graph, parameters), z))
+    decode = jit_decoder(graph)
 
     def call(latents: np.ndarray) -> np.ndarray:
         size = min(DECODED_AT_ONCE, -(-len(latents) // len(devices))) * len(devices)
@@ -76,3 +73,24 @@ def make_decoder(
         return np.concatenate(images)
 
     return call
+
+
+def decoder_mesh(devices: Sequence[Any]) -> Mesh:
+    """Devices that share the images of a batch, each with all weights."""
+    return Mesh(np.asarray(devices), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def jit_decoder(graph: nnx.GraphDef) -> Any:
+    """A jitted function (weights, latents (b, h, w, c)) -> images (b, H, W, 3), laid out alike."""
+    return jax.jit(lambda weights, latents: images_from(nnx.merge(graph, weights), latents))
+
+
+def check_channels(
+    config: AutoencoderConfig, autoencoder: Autoencoder, channels: int | None
+) -> None:
+    """Raises UserError where the autoencoder's latents have other channels than the network's."""
+    if channels not in (None, autoencoder.latent_channels):
+        raise UserError(
+            f"autoencoder {config.weights!r} decodes latents of {autoencoder.latent_channels} "
+            f"channels, the network draws {channels}"
+        )

@@ -1,4 +1,4 @@
-"""A run's programs, training step and sampler, compiled for devices that are not there."""
+"""A run's programs, training step, sampler and decoder, compiled for devices that are not there."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from dydilit_jax.autoencoders import abstract_autoencoder
 from dydilit_jax.config import Config
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.models.count import multiply_adds
 from dydilit_jax.training.collectives import Collective, collectives
-from dydilit_jax.training.costs import unknown_kernels, work
+from dydilit_jax.training.costs import product_flops, unknown_kernels, work
+from dydilit_jax.training.decoding import (
+    DECODED_AT_ONCE,
+    check_channels,
+    decoder_mesh,
+    jit_decoder,
+)
 from dydilit_jax.training.generation import jit_generator
 from dydilit_jax.training.hbm import (
     Memory,
@@ -41,7 +50,7 @@ from dydilit_jax.training.step import jit_step
 from dydilit_jax.training.throughput import FLOPS_PER_MULTIPLY_ADD
 from dydilit_jax.training.topology import Topology, group_bandwidth
 
-PROGRAMS = ("train", "sample")
+PROGRAMS = ("train", "sample", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +109,8 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
     Args:
       config: the run's config, with its mesh, batch and rematerialisation.
       topology: the devices.
-      what: `train`, the whole optimizer step; or `sample`, the sampler's whole loop.
+      what: `train`, the whole optimizer step; `sample`, the sampler's whole loop; or `decode`, what
+        the autoencoder makes images of its latents with, on the devices of one host.
 
     Raises:
       UserError: an unknown program, or a config that does not fit the devices.
@@ -112,8 +122,12 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
             "a teacher (distillation.teacher) is not accounted for: set it to '' and add its "
             "forward pass"
         )
-    mesh = mesh_of(config, topology)
-    prepare = _train if what == "train" else _sample
+    if what == "decode":
+        devices = topology.devices
+        mesh = decoder_mesh([d for d in devices if d.process_index == devices[0].process_index])
+    else:
+        mesh = mesh_of(config, topology)
+    prepare = {"train": _train, "sample": _sample, "decode": _decode}[what]
     jitted, arguments, memory, images, model_flops = prepare(config, mesh)
     start = time.perf_counter()
     program = Program(
@@ -224,3 +238,25 @@ def _sample(config: Config, mesh: Mesh) -> tuple[Any, tuple, Memory, int, float]
     memory = Memory(parameters=bytes_on_device(parameters))
     flops = 2.0 * macs * images * passes
     return jit_generator(network, sampling, mesh), arguments, memory, images, flops
+
+
+def _decode(config: Config, mesh: Mesh) -> tuple[Any, tuple, Memory, int, float]:
+    """As `_train`, of the autoencoder's decoder, for as many latents as it takes at once."""
+    model, weights = config.model, config.autoencoder.weights
+    if not weights:
+        raise UserError(
+            "there is nothing to decode: the network draws pixels (autoencoder.weights is empty)"
+        )
+    autoencoder = abstract_autoencoder(weights, dtype=config.autoencoder.dtype)
+    check_channels(config.autoencoder, autoencoder, model.channels)
+    graph, state = nnx.split(autoencoder)
+    state = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=replicated(mesh)), state
+    )
+    images = DECODED_AT_ONCE * mesh.size
+    shape = (images, model.image_size, model.image_size, model.channels)
+    rows = NamedSharding(mesh, P("batch"))
+    arguments = (state, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows))
+    jitted = jit_decoder(graph)
+    flops = product_flops(jitted.trace(*arguments).jaxpr.jaxpr)
+    return jitted, arguments, Memory(parameters=bytes_on_device(state)), images, flops

@@ -5,6 +5,7 @@ A TPU's compiler is libtpu, which needs no TPU. A topology is `CHIP:AxB` or `CHI
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -24,6 +25,7 @@ _CUBES = (
 # The shapes that Google Cloud's pages on each generation list.
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "tpu7x": _CUBES}
 GPU = "cuda"
+GPU_COMPILERS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 class Topology(NamedTuple):
@@ -119,12 +121,20 @@ def _gpus(name: str, shape: tuple[int, ...], gpu_target: Path | None) -> Topolog
         if not gpu_target.is_file():
             raise UserError(f"--gpu_target={gpu_target} is no file")
         options["target_config"] = gpu_target.read_text()
+    if not any(importlib.util.find_spec(each) for each in GPU_COMPILERS):
+        version = importlib.metadata.version("jax")
+        raise UserError(
+            f"--topology={name} needs JAX's compiler for GPUs, which is not installed: pip install "
+            f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} (no GPU is needed), and give "
+            "--gpu_target=FILE"
+        )
     try:
         devices = _compile_only(GPU, name, options)
     except Exception as error:
+        target = f"--gpu_target={gpu_target}" if gpu_target else "no --gpu_target and no GPU here"
         raise UserError(
-            f"this JAX compiles for no GPU that is not attached ({_one_line(error)}): it takes "
-            'pip install "jax[cuda12]" and --gpu_target=FILE, XLA\'s description of the GPU'
+            f"this JAX does not compile for {name} with {target}: {_one_line(error)}. It takes "
+            "--gpu_target=FILE, XLA's description of the GPU"
         ) from error
     chip = chip_of(devices[0].device_kind)
     if chip is None:

@@ -52,10 +52,17 @@ SlurmdLogFile={folder}/slurmd.%n.log
 SlurmdTimeout=5
 KillWait=20
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 """
+# What comes into `urgent` takes the hosts from what runs in `main`, which has so long to save.
+PARTITIONS = (
+    "PartitionName=main Default=YES PriorityTier=1 GraceTime=60",
+    "PartitionName=urgent Default=NO PriorityTier=2",
+)
 
 
 def missing_programs() -> list[str]:
@@ -116,9 +123,8 @@ class SlurmCluster:
         text = CONFIGURATION.format(folder=self.folder, controller_port=ports[0])
         for host, port in zip(HOSTS, ports[1:], strict=True):
             text += f"NodeName={host} NodeAddr={host} NodeHostname=localhost Port={port} CPUs=2\n"
-        text += (
-            f"PartitionName=main Nodes={','.join(HOSTS)} Default=YES MaxTime=INFINITE State=UP\n"
-        )
+        for options in PARTITIONS:
+            text += f"{options} Nodes={','.join(HOSTS)} MaxTime=INFINITE State=UP\n"
         (self.folder / "slurm.conf").write_text(text)
         try:
             self._start_all()
@@ -198,7 +204,7 @@ class SlurmCluster:
             capture_output=True,
             text=True,
         )
-        return len(found.stdout.split())
+        return len(set(found.stdout.split()))  # a line for each of its partitions
 
     def _kill(self, pid_file: str) -> None:
         path = self.folder / pid_file

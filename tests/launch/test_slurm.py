@@ -6,9 +6,12 @@ training run imports its libraries anew, on both hosts; that is most of the time
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dydilit_jax.sweeps.remote import job_prefix
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import HOSTS, SlurmCluster, wait_for
 from tests.tiny import ROOT
@@ -29,13 +33,37 @@ pytestmark = pytest.mark.skipif(
 
 LAUNCH = ROOT / "launch" / "slurm.sh"
 STEPS = 60
+TINY = [
+    *("--config.model.depth=1", "--config.model.width=16", "--config.model.attention.heads=2"),
+    *("--config.data.batch_size=16", "--config.train.checkpoint_every=10"),
+    *("--config.train.log_every=1", "--config.train.sample_every=0", "--config.evaluation.num=0"),
+]
 TRAIN = [
     *("python", "-m", "dydilit_jax.train", "--config=configs/digits.py:attention=relu"),
-    *("--config.model.depth=1", "--config.model.width=16", "--config.model.attention.heads=2"),
-    *("--config.data.batch_size=16", f"--config.train.steps={STEPS}"),
-    *("--config.train.checkpoint_every=10", "--config.train.log_every=1"),
-    *("--config.train.sample_every=0", "--config.evaluation.num=0"),
+    *(*TINY, f"--config.train.steps={STEPS}"),
 ]
+# What `python -m dydilit_jax.sweep` runs, but for the 15 s between two looks.
+SWEEP = """
+from dydilit_jax import cli, sweep
+from dydilit_jax.sweeps.remote import Scheduler
+Scheduler.interval = 0.5
+cli.run(sweep.main)
+"""
+LONG = 200
+SWEEP_FILE = f"""
+from dydilit_jax.sweeps.notation import chain, fixed, minimize
+from dydilit_jax.sweeps.runs import load_module
+
+SCORE = minimize("loss")
+SWEEP = chain(
+    fixed({{"train.steps": 10}}, name="short"),
+    fixed({{"train.steps": {LONG}}}, name="long"),
+)
+
+def get_config(argument=""):
+    return load_module("{ROOT}/configs/digits.py").get_config("attention=relu")
+"""
+ONE_MORE = 'SWEEP = chain(SWEEP, fixed({"train.steps": 10, "seed": 1}, name="more"))\n'
 
 
 @dataclasses.dataclass
@@ -45,15 +73,22 @@ class Launcher:
     cluster: SlurmCluster
     shared: Path
 
-    def __call__(self, *arguments: object, expect: int = 0) -> str:
-        environment = self.cluster.environment | {
+    @property
+    def environment(self) -> dict[str, str]:
+        """The cluster's, in which runs compile little and once."""
+        return self.cluster.environment | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.shared / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }
+
+    def __call__(self, *arguments: object, expect: int = 0) -> str:
         done = subprocess.run(
-            [str(LAUNCH), *map(str, arguments)], env=environment, capture_output=True, text=True
+            [str(LAUNCH), *map(str, arguments)],
+            env=self.environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == expect, done.stderr
         return done.stderr if expect else done.stdout
@@ -215,3 +250,82 @@ def test_a_folder_that_only_one_host_sees_is_named(launcher):
     said = launcher("logs", "--job=blind", f"--folder={folder}")
     expected = f"error: {workdir} is not visible on {HOSTS[1]}: use storage that all hosts share"
     assert expected in said.splitlines()
+
+
+class Screen:
+    """A terminal, and what a program has drawn on it."""
+
+    def __init__(self) -> None:
+        self._terminal, self.end = os.openpty()
+        os.set_blocking(self._terminal, False)
+        self._drawn = b""
+
+    def frames(self) -> list[str]:
+        """The tables so far, each drawn over the one before."""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self._terminal, 65536):
+                self._drawn += part
+        return re.split(r"\x1b\[\d+F\x1b\[J", self._drawn.decode())
+
+    def close(self) -> None:
+        os.close(self._terminal)
+        os.close(self.end)
+
+
+def test_a_sweep_outlives_its_driver_and_a_preemption(launcher):
+    """Its driver is killed, a run preempted; a new driver adopts it and starts only what is new."""
+    file, workdir = launcher.shared / "file.py", launcher.shared / "sweep"
+    page, folder, long = launcher.shared / "sweep.html", workdir / "launch", workdir / "long"
+    job = f"{job_prefix(workdir)}-1"
+    file.write_text(SWEEP_FILE)
+    command = [
+        *(sys.executable, "-c", SWEEP, f"--config={file}", f"--workdir={workdir}", "--on=slurm"),
+        *("--max_parallel=2", f"--report={page}", *TINY),
+        f"--launch=--nodes=1 --cpus-per-task=1 --code=here --venv={sys.prefix}",
+    ]
+    how = {"cwd": ROOT, "env": launcher.environment, "text": True}
+    screen = Screen()
+    first = subprocess.Popen(command, **how, stdout=screen.end)
+    try:
+        running = re.compile(rf"^long +running +[1-9]\d*/{LONG} ", re.MULTILINE)
+        wait_for(lambda: bool(running.search(screen.frames()[-1])), 90, "a table with a step")
+        wait_for(lambda: bool(screen.frames()) and checkpointed(long) >= 10, 60, "a checkpoint")
+        first.kill()  # kill -9: it cannot tell anyone.
+        first.wait()
+        (number,) = {each.split("_")[0] for each in launcher.states(job, folder)}
+        # A job of a higher tier takes both hosts: what runs there is told to go, and queued again.
+        urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+        launcher.cluster.run("sbatch", *urgent, "--wrap=sleep 1")
+        wait_for(lambda: launcher.states(job, folder)[f"{number}_1"][1] == 1, 60, "a requeue")
+    finally:
+        first.kill()
+        first.wait()
+        screen.close()
+    saved = checkpointed(long)
+    assert 10 <= saved < LONG
+    launcher.wait(job, folder, f"{number}_0", "FINISHED")
+    before = (workdir / "short" / "metrics.jsonl").stat()
+
+    file.write_text(SWEEP_FILE + ONE_MORE)
+    second = subprocess.run(command, **how, capture_output=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    told = second.stdout.splitlines()
+    assert any(re.fullmatch(r"long: (queued|running)( at step .*)?", line) for line in told)
+    assert "short: finished at step 10/10" in told
+    assert "3 runs: 3 finished" in told
+    record = json.loads((folder / "submissions.json").read_text())
+    assert [each["runs"] for each in record["submissions"]] == [["short", "long"], ["more"]]
+    assert (workdir / "short" / "metrics.jsonl").stat() == before
+    said = launcher("logs", f"--job={job}", f"--folder={folder}", "--task=1")
+    assert f"stopped at step {saved} of {LONG}" in said
+    assert said.count(f"resumed from {long} at step {saved}\n") == 1
+    assert [step for step, _ in logged(long)] == list(range(1, LONG + 1))
+
+    assert "<html" in page.read_text()
+    rows = {row["run"]: row for row in csv.DictReader(page.with_suffix(".csv").open())}
+    assert {name: (row["state"], row["step"]) for name, row in rows.items()} == {
+        "short": ("finished", "10"),
+        "long": ("finished", str(LONG)),
+        "more": ("finished", "10"),
+    }
+    assert float(rows["long"]["loss"]) == logged(long)[-1][1]

@@ -9,15 +9,19 @@ import pytest
 
 pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu: make test-tpu-compile")
 
+from dydilit_jax.errors import UserError
 from dydilit_jax.models.count import count_parameters, multiply_adds, parameter_table
 from dydilit_jax.training.collectives import table
+from dydilit_jax.training.compile_report import text
+from dydilit_jax.training.decoding import DECODED_AT_ONCE
 from dydilit_jax.training.lowering import compile_program, mesh_of
 from dydilit_jax.training.sharding import AXES
 from dydilit_jax.training.state import Network
 from dydilit_jax.training.topology import open_topology
-from tests.tiny import plain_config, tiny_config
+from tests.tiny import ROOT, plain_config, tiny_config
 
 DEVICES, IMAGES = 8, 1024
+KL = ROOT / "tests" / "autoencoders" / "fixtures" / "kl"
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,27 @@ def test_the_sampler_is_compiled_with_its_loop(topology):
     assert program.roofline is not None
     assert 0.9 < program.roofline.flops * DEVICES / program.model_flops < 1.3
     assert program.memory.optimizer == program.memory.activations == 0
+
+
+def test_the_decoder_is_compiled_for_one_hosts_devices():
+    """Of 16 devices a host has four; they decode apart, with all weights each."""
+    config = plain_config(model={"image_size": 8, "channels": 4}, autoencoder={"weights": str(KL)})
+    program = compile_program(config, open_topology("v5e:4x4"), "decode")
+    assert program.mesh == {"batch": 4}
+    assert program.images == 4 * DECODED_AT_ONCE
+    assert program.fits
+    assert program.collectives == ()
+    assert program.roofline is not None
+    # The compiler's program against what the function asks for.
+    assert 0.95 < program.roofline.flops * 4 / program.model_flops < 1.05
+    told = text(program)
+    assert f"decoding by {KL} of 32 images, latents of 8 x 8 x 4 each" in told
+    assert "50,000 images" in told
+    pixels = plain_config(autoencoder={"weights": str(KL)})
+    with pytest.raises(UserError, match="latents of 4 channels, the network draws 1"):
+        compile_program(pixels, open_topology("v5e:4x4"), "decode")
+    with pytest.raises(UserError, match="nothing to decode"):
+        compile_program(plain_config(), open_topology("v5e:4x4"), "decode")
 
 
 def test_an_axis_may_go_along_part_of_a_dimension():

@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
+from dydilit_jax.autoencoders import abstract_autoencoder
 from dydilit_jax.config import AutoencoderConfig
 from dydilit_jax.errors import UserError
 from dydilit_jax.training import decoding
@@ -30,3 +33,17 @@ def test_a_scaling_factor_of_another_autoencoder_is_refused():
     config = AutoencoderConfig(weights=str(FIXTURES / "kl"), scaling_factor=0.41407)
     with pytest.raises(UserError, match=r"0\.41407 does not belong"):
         make_decoder(config)
+
+
+def test_sizes_are_known_without_the_weights():
+    """A published one by its name, with Stable Diffusion's number of parameters; a folder's."""
+
+    def parameters(weights):
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_autoencoder(weights))))
+
+    assert parameters("stabilityai/sd-vae-ft-mse") == 83_653_863
+    folder = FIXTURES / "kl"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert parameters(str(folder)) == sum(tensor.size for tensor in tensors.values())
+    with pytest.raises(UserError, match="did you mean 'sd-vae-ft-mse'"):
+        abstract_autoencoder("sd-vae-ft-mze")

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.training.collectives import axes_of, collectives, replica_groups, table
-from dydilit_jax.training.costs import unknown_kernels, work
+from dydilit_jax.training.costs import product_flops, unknown_kernels, work
 from dydilit_jax.training.hbm import activation_bytes, shortage
 from dydilit_jax.training.hlo import Module, Schedule, arrays_of, parse, schedule
 from tests.tiny import mesh_of
@@ -390,3 +390,22 @@ def test_convolutions_count_as_xla_counts_them():
     x, w = (rng.standard_normal(s.shape) != 0 for s in shapes)  # ones: the sum counts products
     products = convolve(np.asarray(x, np.float32), np.asarray(w, np.float32)).sum()
     assert cost == 2 * products
+
+
+def test_flops_that_a_function_asks_for_are_two_for_each_multiply_add():
+    """A batch of products within a function of its own, and a convolution in two groups."""
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )  # fmt: skip
+
+    def function(a, b, x, kernel):
+        return jax.jit(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))(a, b), convolve(x, kernel)
+
+    shapes = ((3, 5, 7), (3, 7, 11), (2, 8, 8, 4), (3, 3, 2, 6))
+    traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    products = 2 * 3 * 5 * 7 * 11
+    convolution = 2 * (2 * 4 * 4 * 6) * (3 * 3 * 2)  # each output sees half of the inputs
+    assert product_flops(traced.jaxpr.jaxpr) == products + convolution
