@@ -104,14 +104,22 @@ class Tiles:
         return self.count * BLOCK, self.parts * self.columns
 
 
-def rows_to_block(rows: jax.Array) -> jax.Array:
-    """A scalar for each token, (64,), as a block (64, 64)."""
-    return lax.broadcast_in_dim(rows, (BLOCK, BLOCK), (0,))
+def rows_to_block(rows: jax.Array, channels: int = BLOCK) -> jax.Array:
+    """A scalar for each token, (64,), as a block (64, channels)."""
+    return lax.broadcast_in_dim(rows, (BLOCK, channels), (0,))
 
 
 def columns_to_block(columns: jax.Array) -> jax.Array:
-    """A scalar for each channel, (64,), as a block (64, 64)."""
-    return lax.broadcast_in_dim(columns, (BLOCK, BLOCK), (1,))
+    """A scalar for each channel, (channels,), as a block (64, channels)."""
+    return lax.broadcast_in_dim(columns, (BLOCK, *columns.shape), (1,))
+
+
+def guarded(product: jax.Array, core: Core) -> jax.Array:
+    """The denominator: positive by eps, or kept eps away from zero."""
+    if core.normalizer == "base":
+        return product + core.eps
+    eps = jnp.where(product < 0.0, -core.eps, core.eps)
+    return jnp.where(jnp.abs(product) < core.eps, eps, product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Power:
     """Equation (1) of one block, and its derivative.
 
     Attributes:
-      z: (64, 64) float32.
+      z: (64, channels) float32.
       rows: (64,) float32 each: g, inv and c; None without a power.
     """
 
@@ -127,26 +135,30 @@ class Power:
     rows: Sequence[jax.Array] | None
 
     def value(self) -> jax.Array:
-        """Phi, (64, 64) float32."""
+        """Phi, (64, channels) float32."""
         if self.rows is None:
             return jnp.maximum(self.z, 0.0)
-        return rows_to_block(self.rows[2]) * self._unscaled()[0]
+        return self._row(2) * self._unscaled()[0]
+
+    def _row(self, row: int) -> jax.Array:
+        assert self.rows is not None
+        return rows_to_block(self.rows[row], self.z.shape[1])
 
     def _unscaled(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """u^g, ln u, and relu(z) + 1e-6."""
         assert self.rows is not None
         positive = jnp.maximum(self.z, 0.0) + RELU_OFFSET
-        log = jnp.log(positive * rows_to_block(self.rows[1]))
-        return jnp.exp(rows_to_block(self.rows[0]) * log), log, positive
+        log = jnp.log(positive * self._row(1))
+        return jnp.exp(self._row(0) * log), log, positive
 
     def gradient(self, d_phi: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Gradients of z, (64, 64), and of g, inv (a constant: zero) and c, (64,) each."""
+        """Gradients of z, like z, and of g, inv (a constant: zero) and c, (64,) each."""
         if self.rows is None:
             return jnp.where(self.z > 0.0, d_phi, 0.0), []
         power, log, positive = self._unscaled()
         d_power = d_phi * power
-        d_logged = rows_to_block(self.rows[2]) * d_power
-        d_z = rows_to_block(self.rows[0]) * d_logged / positive
+        d_logged = self._row(2) * d_power
+        d_z = self._row(0) * d_logged / positive
         d_g = jnp.sum(d_logged * log, axis=1)
         d_c = jnp.sum(d_power, axis=1)
         return jnp.where(self.z > 0.0, d_z, 0.0), [d_g, 0.0 * d_g, d_c]
@@ -161,21 +173,21 @@ class Features:
     scale: jax.Array | None  # lambda, (64,)
 
     @classmethod
-    def read(cls, core: Core, blocks: Sequence[Any], rows: Any) -> Features:
-        """From references to blocks of Z (and Z'), and to rows of scalars."""
+    def of(cls, core: Core, blocks: Sequence[jax.Array], rows: Any) -> Features:
+        """From blocks of Z (and Z'), and a reference to rows of scalars."""
         scalars = [rows[row] for row in range(core.rows)]
-        z = [block[...].astype(jnp.float32) for block in blocks]
+        z = [block.astype(jnp.float32) for block in blocks]
         base = Power(z[0], scalars[:3] if core.powered else None)
         if not core.differential:
             return cls(base, None, None)
         return cls(base, Power(z[1], scalars[3:6] if core.powered else None), scalars[-1])
 
     def values(self) -> tuple[jax.Array, jax.Array]:
-        """F and phi, (64, 64) float32."""
+        """F and phi, (64, channels) float32."""
         base = self.base.value()
         if self.redundant is None or self.scale is None:
             return base, base
-        return base - rows_to_block(self.scale) * self.redundant.value(), base
+        return base - rows_to_block(self.scale, self.base.z.shape[1]) * self.redundant.value(), base
 
     def gradients(
         self, d_difference: jax.Array, d_base: jax.Array
@@ -186,7 +198,7 @@ class Features:
             return [d_z], d_rows
         d_scale = -jnp.sum(d_difference * self.redundant.value(), axis=1)
         d_redundant, d_rows_redundant = self.redundant.gradient(
-            -rows_to_block(self.scale) * d_difference
+            -rows_to_block(self.scale, self.base.z.shape[1]) * d_difference
         )
         return [d_z, d_redundant], [*d_rows, *d_rows_redundant, d_scale]
 
@@ -290,9 +302,8 @@ def state(
                     fetch(step + 1, lax.rem(step + 1, jnp.int32(2)))
 
                 plgpu.barrier_wait(ready.at[slot])
-                features = Features.read(
-                    core, [blocks_s.at[i, slot] for i in range(len(tokens))], rows_s.at[slot]
-                )
+                blocks_in = [blocks_s[i, slot] for i in range(len(tokens))]
+                features = Features.of(core, blocks_in, rows_s.at[slot])
                 difference, base = features.values()
                 summed = difference if core.normalizer == "signed" else base
                 summed = summed.astype(jnp.bfloat16).astype(jnp.float32)

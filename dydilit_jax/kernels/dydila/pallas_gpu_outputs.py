@@ -20,17 +20,10 @@ from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
     chunks,
     columns_to_block,
     compiler_params,
+    guarded,
     head_index,
     rows_to_block,
 )
-
-
-def guarded(product: jax.Array, core: Core) -> jax.Array:
-    """The denominator: positive by eps, or kept eps away from zero."""
-    if core.normalizer == "base":
-        return product + core.eps
-    eps = jnp.where(product < 0.0, -core.eps, core.eps)
-    return jnp.where(jnp.abs(product) < core.eps, eps, product)
 
 
 def apply(
@@ -95,9 +88,8 @@ def apply(
                         fetch(step + 1)
 
                     plgpu.barrier_wait(ready.at[slot])
-                    features = Features.read(
-                        core, [blocks_s.at[i, slot] for i in range(len(tokens))], rows_s.at[slot]
-                    )
+                    blocks_in = [blocks_s[i, slot] for i in range(len(tokens))]
+                    features = Features.of(core, blocks_in, rows_s.at[slot])
                     difference, base = features.values()
                     features_s[slot] = difference.astype(jnp.bfloat16)
                     plgpu.commit_smem()
@@ -225,8 +217,8 @@ def gradient(
                 return acc[...]
 
             y = pl.run_scoped(multiply, plgpu.ACC((BLOCK, BLOCK), jnp.float32))
-            blocks_in = [blocks_s.at[i, zero] for i in range(sides)]
-            return Features.read(core, blocks_in, rows_s.at[zero]), y
+            blocks_in = [blocks_s[i, zero] for i in range(sides)]
+            return Features.of(core, blocks_in, rows_s.at[zero]), y
 
         scale, d_den = None, None
         if divided:
