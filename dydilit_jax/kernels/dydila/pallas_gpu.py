@@ -16,16 +16,18 @@ passes over Q, Q', K and K' are XLA's, and so is the padding of a head width tha
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dydilit_jax.kernels import routing
 from dydilit_jax.kernels.dydila import pallas_gpu_kernels as kernels
-from dydilit_jax.kernels.dydila import pallas_gpu_outputs as outputs
+from dydilit_jax.kernels.dydila import pallas_gpu_narrow as narrow
+from dydilit_jax.kernels.dydila import pallas_gpu_narrow_backward as narrow_backward
+from dydilit_jax.kernels.dydila import pallas_gpu_outputs as wide
 from dydilit_jax.kernels.dydila.features import (
     RELU_OFFSET,
     CoreInputs,
@@ -35,7 +37,7 @@ from dydilit_jax.kernels.dydila.features import (
     choose_lambda,
     measure_kernel,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core, means
 from dydilit_jax.kernels.dydila.xla import CoreOutput
 from dydilit_jax.kernels.platform import not_hopper
 from dydilit_jax.kernels.sharding import CoreSharding
@@ -43,13 +45,51 @@ from dydilit_jax.kernels.sharding import CoreSharding
 Tokens = tuple[jax.Array, ...]
 
 
+class HeadKernels(NamedTuple):
+    """Kernels for heads of some widths, of the same arguments and results."""
+
+    state: Callable[..., Any]
+    apply: Callable[..., Any]
+    query_gradients: Callable[..., Any]
+    key_gradients: Callable[..., Any]
+    covered: Callable[[int, int, int, int], int]
+
+
+NARROW = HeadKernels(
+    narrow.state,
+    narrow.apply,
+    narrow_backward.query_gradients,
+    narrow_backward.key_gradients,
+    narrow.covered,
+)
+WIDE = HeadKernels(
+    kernels.state, wide.apply, wide.query_gradients, wide.key_gradients, wide.covered
+)
+
+
+def kernels_for(width: int) -> HeadKernels:
+    """The kernels for heads of a width: those that hold a whole head wherever one fits."""
+    return NARROW if width <= narrow.WIDEST else WIDE
+
+
+def rounded_widths(width: int, tokens: int) -> tuple[int, int]:
+    """Channels and tokens that arrays of heads are padded to in memory."""
+    if width <= narrow.WIDEST:
+        return -(-width // narrow.ALIGNMENT) * narrow.ALIGNMENT, tokens
+    return -(-width // BLOCK) * BLOCK, -(-tokens // BLOCK) * BLOCK
+
+
 def unsupported(
     inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None = None
 ) -> str | None:
     """Why the kernels cannot run these inputs and what would; None when they can."""
     if sharding is not None:
-        if sharding.sequence_size > 1:
-            return "tokens split over a mesh are not in the kernels: use the implementation 'xla'"
+        tokens = inputs.query.shape[1]
+        if tokens % sharding.sequence_size:
+            return (
+                f"{tokens} tokens are not divisible by mesh axis {sharding.sequence!r} of "
+                f"{sharding.sequence_size}"
+            )
         if inputs.query.shape[0] % sharding.batch_size:
             return f"batch {inputs.query.shape[0]} is not divisible by mesh axes {sharding.batch}"
     width = inputs.query.shape[-1] // options.heads
@@ -115,9 +155,9 @@ def token_scalars(
     return jnp.stack(rows, axis=2), chosen
 
 
-def rounded_up(scalars: jax.Array, core: Core) -> jax.Array:
-    """Scalars for tokens up to a whole block; those added have phi = 0, and finite logarithms."""
-    added = -core.tokens % BLOCK
+def rounded_up(scalars: jax.Array, core: Core, covered: int) -> jax.Array:
+    """Scalars for all tokens that programs cover; those added have phi = 0, finite logarithms."""
+    added = covered - scalars.shape[-1]
     if not added:
         return scalars
     row = jnp.ones((core.rows, 1), jnp.float32)
@@ -140,8 +180,8 @@ def fused(
 
     Args:
       core: static part.
-      query, key: (Q,) and (K,), or (Q, Q') and (K, K'), each (B, N, H, d) bfloat16, with N and d
-        multiples of 64.
+      query, key: (Q,) and (K,), or (Q, Q') and (K, K'), each (B, N, H, d) bfloat16, with d a
+        multiple of 8 up to narrow.WIDEST; beyond, N and d are multiples of 64.
       value: (B, N, H, d) bfloat16.
       query_scalars, key_scalars: (B, 1 or H, rows, N) float32.
 
@@ -160,28 +200,33 @@ def _forward(
     query_scalars: jax.Array,
     key_scalars: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
-    B, N, H, _ = value.shape
-    m, z = kernels.state(core, key, key_scalars, value)
-    output, den = outputs.apply(core, query, query_scalars, m, z)
+    B, N, H, d = value.shape
+    run = kernels_for(core.width)
+    query_scalars, key_scalars = (
+        rounded_up(scalars, core, run.covered(B, N, H, d))
+        for scalars in (query_scalars, key_scalars)
+    )
+    m, z = means(core, *run.state(core, key, key_scalars, value))
+    output, den = run.apply(core, query, query_scalars, m, z)
     saved = (query, key, value, query_scalars, key_scalars, m, z, den)
-    return (output, None if den is None else den.reshape(B, H, N)), saved
+    return (output, None if den is None else den[:, :N].reshape(B, H, N)), saved
 
 
 def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
     query, key, value, query_scalars, key_scalars, m, z, den = saved
-    d_output = cotangents[0]
-    d_query, d_query_rows, d_den = outputs.gradient(core, query, query_scalars, d_output, m, z, den)
-    weights = None if d_den is None else jnp.stack([1.0 / den, d_den], axis=1)
-    d_m, d_z = kernels.state(core, query, query_scalars, d_output, weights)
-    d_key, d_key_rows, _ = outputs.gradient(core, key, key_scalars, value, d_m, d_z, None)
-    plain = dataclasses.replace(core, normalizer="none")
-    d_value, _ = outputs.apply(plain, key, key_scalars, d_m, d_z)
+    N = value.shape[1]
+    run = kernels_for(core.width)
+    d_query, d_query_rows, d_m, d_z = run.query_gradients(
+        core, query, query_scalars, cotangents[0], m, z, den
+    )
+    d_m, d_z = means(core, d_m, d_z)
+    d_key, d_key_rows, d_value = run.key_gradients(core, key, key_scalars, value, d_m, d_z)
 
     def of_tokens(d_rows: jax.Array | None, scalars: jax.Array) -> jax.Array:
+        B, groups, rows, _ = scalars.shape
         if d_rows is None:
-            return jnp.zeros_like(scalars)
-        B, groups, rows, N = scalars.shape
-        d_rows = d_rows.reshape(B, core.heads, rows, N)
+            return jnp.zeros((B, groups, rows, N), jnp.float32)
+        d_rows = d_rows[..., :N].reshape(B, core.heads, rows, N)
         return d_rows if groups > 1 else d_rows.sum(axis=1, keepdims=True)
 
     return (
@@ -219,7 +264,8 @@ def attention(
     differential = inputs.query_redundant is not None
     normalizer = "none" if options.normalizer == "rms" else options.normalizer
     powered = exponents.query is not None
-    core = Core(H, D // H, N, normalizer, powered, differential, options.eps, interpret)
+    axis = sharding.sequence if sharding is not None else None
+    core = Core(H, D // H, N, normalizer, powered, differential, options.eps, axis, interpret)
     keys = (None, None) if inputs.noise_key is None else jax.random.split(inputs.noise_key)
     lambdas = inputs.lambdas
     query_scalars, query_chosen = token_scalars(
@@ -241,25 +287,43 @@ def attention(
         keys[1],
     )
 
-    def heads(*tensors: jax.Array | None) -> Tokens:
-        added = ((0, 0), (0, -N % BLOCK), (0, 0), (0, -core.width % BLOCK))
-        split = [x.reshape(B, N, H, core.width) for x in tensors if x is not None]
-        return tuple(jnp.pad(x, added) if any(map(sum, added)) else x for x in split)
+    parts = sharding.sequence_size if sharding is not None else 1
+    width, tokens = rounded_widths(core.width, N // parts)
 
-    kernels_of = partial(fused, core)
+    def run(
+        query: Tokens, key: Tokens, value: jax.Array, *scalars: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        def heads(x: jax.Array) -> jax.Array:
+            x = x.reshape(*x.shape[:2], H, core.width)
+            added = ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, width - core.width))
+            return jnp.pad(x, added) if any(map(sum, added)) else x
+
+        query, key = tuple(map(heads, query)), tuple(map(heads, key))
+        scalars = tuple(rounded_up(x, core, tokens) for x in scalars)
+        output, den = fused(core, query, key, heads(value), *scalars)
+        output = output[:, : value.shape[1], :, : core.width]
+        return output, None if den is None else den[..., : value.shape[1]]
+
     if sharding is not None:
-        rows = sharding.spec("b")
-        kernels_of = jax.shard_map(
-            kernels_of, mesh=sharding.mesh, in_specs=rows, out_specs=rows, check_vma=False
+        of_tokens, of_rows = sharding.spec("bn"), sharding.spec("bgrn")
+        run = jax.shard_map(
+            run,
+            mesh=sharding.mesh,
+            in_specs=(of_tokens, of_tokens, of_tokens, of_rows, of_rows),
+            out_specs=(of_tokens, sharding.spec("bhn")),
+            check_vma=False,
         )
-    output, den = kernels_of(
-        heads(inputs.query, inputs.query_redundant),
-        heads(inputs.key, inputs.key_redundant),
-        heads(inputs.value)[0],
-        rounded_up(query_scalars, core),
-        rounded_up(key_scalars, core),
+
+    def side(*tensors: jax.Array | None) -> Tokens:
+        return tuple(x for x in tensors if x is not None)
+
+    output, den = run(
+        side(inputs.query, inputs.query_redundant),
+        side(inputs.key, inputs.key_redundant),
+        inputs.value,
+        query_scalars,
+        key_scalars,
     )
-    output = output[:, :N, :, : core.width]
     if options.normalizer == "rms":
         numerator = output.astype(jnp.float32)
         mean_square = jnp.mean(numerator * numerator, axis=-1, keepdims=True)
@@ -267,6 +331,6 @@ def attention(
     chosen = {"query_lambda": query_chosen, "key_lambda": key_chosen}
     return CoreOutput(
         output.reshape(B, N, D),
-        None if den is None else den[..., :N].transpose(0, 2, 1),
+        None if den is None else den.transpose(0, 2, 1),
         {name: routed for name, routed in chosen.items() if routed is not None},
     )

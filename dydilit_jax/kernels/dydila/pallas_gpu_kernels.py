@@ -47,11 +47,13 @@ class Core:
 
     Attributes:
       heads: H.
-      width, tokens: channels of a head and tokens before they were rounded up to blocks.
+      width: channels of a head before they were rounded up to blocks.
+      tokens: of a whole sequence, which the sums are divided by.
       normalizer: `base`, `signed` or `none`.
       powered: whether (1) has a power; else phi = relu.
       differential: whether there are Z' and lambda.
       eps: of the denominator.
+      sequence: mesh axis that the tokens are split over, or None.
       interpret: Pallas' interpreter parameters, or False.
     """
 
@@ -62,6 +64,7 @@ class Core:
     powered: bool
     differential: bool
     eps: float
+    sequence: str | None = None
     interpret: Any = False
 
     @property
@@ -245,7 +248,7 @@ def state(
     value: jax.Array,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The means over tokens M and z of each head.
+    """The sums over tokens M and z of each head.
 
     Args:
       core: static part; `normalizer` says whether z sums phi (`base`) or F (`signed`).
@@ -255,15 +258,12 @@ def state(
       weights: (B H, 2, N) float32, w and x; None for ones.
 
     Returns:
-      M (B H, *Tiles(d).padded) bfloat16 and z (B H, d) float32, zero beyond the head's width.
+      M (B H, *Tiles(d).padded) and z (B H, d) float32, zero beyond the head's width.
     """
     B, N, H, d = value.shape
     tiles = Tiles(d)
     columns, (padded_rows, padded_columns) = tiles.columns, tiles.padded
-    blocks = -(-N // BLOCK)
-    wanted = -(-PROGRAMS // (B * H * tiles.count * tiles.parts))
-    splits = max(1, min(wanted, blocks // FEWEST_BLOCKS))
-    steps = -(-blocks // splits)
+    splits, steps = token_splits(B, N, H, d)
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, value_ref, *rest) = (
@@ -351,8 +351,23 @@ def state(
     )(*tokens, scalars, value, *(() if weights is None else (weights,)))
     # Channels beyond the width hold zeros, whose phi is not quite zero.
     inside = jnp.arange(padded_rows) < core.width
-    m = jnp.where(inside[:, None], m.sum(axis=1) / core.tokens, 0.0).astype(jnp.bfloat16)
-    return m, jnp.where(inside, z[:, :, 0].sum(axis=1) / core.tokens, 0.0)
+    m = jnp.where(inside[:, None], m.sum(axis=1), 0.0)
+    return m, jnp.where(inside, z[:, :, 0].sum(axis=1), 0.0)
+
+
+def means(core: Core, m: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means over all tokens, M's as the tensor core takes them, of this device's sums."""
+    if core.sequence is not None:
+        m, z = lax.psum((m, z), core.sequence)
+    return (m / core.tokens).astype(jnp.bfloat16), z / core.tokens
+
+
+def token_splits(B: int, N: int, H: int, d: int) -> tuple[int, int]:
+    """Programs of `state` along the tokens, and blocks of tokens for each."""
+    tiles, blocks = Tiles(d), -(-N // BLOCK)
+    wanted = -(-PROGRAMS // (B * H * tiles.count * tiles.parts))
+    splits = max(1, min(wanted, blocks // FEWEST_BLOCKS))
+    return splits, -(-blocks // splits)
 
 
 def chunks(B: int, N: int, H: int, parts: int) -> tuple[int, int]:

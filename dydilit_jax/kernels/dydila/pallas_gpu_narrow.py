@@ -118,6 +118,11 @@ def load(reference: Any, *, optimized: bool) -> jax.Array:
     return plgpu.load(reference, *whole, optimized=optimized)
 
 
+def covered(B: int, N: int, H: int, d: int) -> int:
+    """Tokens of all programs: what the arrays of scalars are rounded up to."""
+    return Cut(B, N, H, d).covered
+
+
 class Stream:
     """Copies the blocks of a program, one ahead of the one in use.
 
@@ -229,10 +234,16 @@ class State:
             features[...] = jnp.zeros(features.shape, jnp.bfloat16)
 
     @staticmethod
-    def scratch(cut: Cut) -> list[Any]:
-        """What `pl.run_scoped` has to allocate: the sums, then the features and values."""
-        sums = plgpu.ACC((BLOCK, cut.channels), jnp.float32)
-        return [*[sums] * cut.halves, cut.operand(BLOCK * cut.halves), cut.operand(cut.channels)]
+    def while_summing(cut: Cut, body: Callable[[State], Any]) -> Any:
+        """Calls a function of a new State, whose shared memory is free again afterwards."""
+
+        def with_memory(features: Any, values: Any) -> Any:
+            sums = [plgpu.ACC((BLOCK, cut.channels), jnp.float32)] * cut.halves
+            return pl.run_scoped(lambda *sums: body(State(cut, sums, features, values)), *sums)
+
+        return pl.run_scoped(
+            with_memory, cut.operand(BLOCK * cut.halves), cut.operand(cut.channels)
+        )
 
     def add(self, features: jax.Array) -> None:
         """Adds F^T Y, with Y as it is in `values`; wait for wgmma before writing to either."""
@@ -306,10 +317,10 @@ def state_types(cut: Cut) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def total(cut: Cut, sums: jax.Array) -> jax.Array:
-    """All programs' sums for M; zeros beyond d, where features of zeros are not quite zero."""
-    inside = jnp.arange(cut.channels) < cut.width
-    return jnp.where(inside[:, None], sums.sum(axis=1), 0.0)
+def total(core: Core, m: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over programs; zero beyond the head's width, where phi of zeros is not quite zero."""
+    rows, channels = (jnp.arange(x.shape[2]) < core.width for x in (m, z))
+    return jnp.where(rows[:, None], m.sum(axis=1), 0.0), jnp.where(channels, z.sum(axis=1), 0.0)
 
 
 def state(
@@ -334,15 +345,12 @@ def state(
         rows = [(scalars_of(scalars_ref, core.heads), rows_s)]
         stream = Stream(cut, sources, rows, blocks_s, ready)
 
-        def accumulate(*scratch: Any) -> tuple[list[jax.Array], jax.Array]:
-            *sums, features_s, value_s = scratch
-            sum_of = State(cut, sums, features_s, value_s)
-
+        def accumulate(sums: State) -> tuple[list[jax.Array], jax.Array]:
             def body(step: jax.Array, z: jax.Array) -> jax.Array:
                 slot = stream.step(step)
                 difference, base = stream.features(core, slot, rows_s).values()
-                value_s[...] = stream.read(sides, slot)
-                sum_of.add(difference)
+                sums.values[...] = stream.read(sides, slot)
+                sums.add(difference)
                 summed = difference if core.normalizer == "signed" else base
                 summed = summed.astype(jnp.bfloat16).astype(jnp.float32)
                 plgpu.wgmma_wait(0)
@@ -350,9 +358,9 @@ def state(
 
             zeros = jnp.zeros((cut.channels,), jnp.float32)
             z = lax.fori_loop(0, cut.steps, body, zeros)
-            return sum_of.results(), z
+            return sums.results(), z
 
-        sums, z = pl.run_scoped(accumulate, *State.scratch(cut))
+        sums, z = State.while_summing(cut, accumulate)
         write_state(cut, sums, z, m_ref, z_ref, z_s)
 
     m, z = launch(
@@ -368,7 +376,7 @@ def state(
         ],
         copies=sides + 2,
     )
-    return total(cut, m), z.sum(axis=1)
+    return total(core, m, z)
 
 
 def apply(

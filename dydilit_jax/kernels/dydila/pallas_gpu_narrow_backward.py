@@ -61,7 +61,7 @@ def query_gradients(
     m: jax.Array,
     z: jax.Array,
     den: jax.Array | None,
-) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array | None]:
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array]:
     """Gradients of Q, Q' and their scalars, and the sums for those of M and z.
 
     Args:
@@ -75,8 +75,8 @@ def query_gradients(
 
     Returns:
       Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, rows, covered) float32,
-      None if there are none; sums over the tokens (B H, channels, channels) and (B H, d) float32, the last None
-      without den.
+      None if there are none; sums over the tokens (B H, channels, channels) and (B H, d) float32,
+      the latter zero without den.
     """
     cut, sides = Cut.of(d_output), len(tokens)
     learned, divided = learned_rows(core), den is not None
@@ -99,17 +99,14 @@ def query_gradients(
         stream = Stream(cut, sources, rows, blocks_s, ready)
         load_state(cut, m_ref, z_ref, m_s, z_s, loaded)
 
-        def accumulate(*scratch: Any) -> tuple[list[jax.Array], jax.Array]:
-            *sums, features_s, d_output_s = scratch
-            sum_of = State(cut, sums, features_s, d_output_s)
-
+        def accumulate(sums: State) -> tuple[list[jax.Array], jax.Array]:
             def body(step: jax.Array, d_z: jax.Array) -> jax.Array:
                 slot = stream.step(step)
                 features = stream.features(core, slot, rows_s)
                 difference, base = features.values()
-                d_output_s[...] = stream.read(sides, slot)
+                sums.values[...] = stream.read(sides, slot)
                 plgpu.commit_smem()
-                d_difference = product(d_output_s, m_s.transpose((1, 0)))
+                d_difference = product(sums.values, m_s.transpose((1, 0)))
                 d_base = jnp.zeros_like(d_difference)
                 if divided:
                     den = den_s[slot]
@@ -129,7 +126,7 @@ def query_gradients(
                         d_base = through_den
                         summed = base.astype(jnp.bfloat16).astype(jnp.float32)
                     d_z = d_z + jnp.sum(summed * across, axis=0)
-                sum_of.add(difference)
+                sums.add(difference)
                 d_tokens, d_rows = features.gradients(d_difference, d_base)
                 for i, d_token in enumerate(d_tokens):
                     stream.write(i, slot, d_token)
@@ -144,9 +141,9 @@ def query_gradients(
             zeros = jnp.zeros((cut.channels,), jnp.float32)
             d_z = lax.fori_loop(0, cut.steps, body, zeros)
             plgpu.wait_smem_to_gmem(0)
-            return sum_of.results(), d_z
+            return sums.results(), d_z
 
-        sums, d_z = pl.run_scoped(accumulate, *State.scratch(cut))
+        sums, d_z = State.while_summing(cut, accumulate)
         write_state(cut, sums, d_z if divided else None, d_m_ref, d_z_ref, d_z_s)
 
     d_m_type, d_z_type = state_types(cut)
@@ -175,8 +172,9 @@ def query_gradients(
         copies=sides + 2 + divided,
     )
     d_rows = results[sides] if learned else None
-    d_m = total(cut, results[sides + (learned > 0)])
-    return list(results[:sides]), d_rows, d_m, results[-1].sum(axis=1) if divided else None
+    d_m = results[sides + (learned > 0)]
+    no_row = jnp.zeros((cut.batch * cut.heads, 1, cut.width), jnp.float32)
+    return list(results[:sides]), d_rows, *total(core, d_m, results[-1] if divided else no_row)
 
 
 def key_gradients(

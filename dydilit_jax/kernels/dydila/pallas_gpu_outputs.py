@@ -1,7 +1,12 @@
-"""The two Mosaic GPU kernels that write tokens: `apply` and `gradient` (see pallas_gpu_kernels)."""
+"""The two Mosaic GPU kernels that write tokens: `apply` and `gradient` (see pallas_gpu_kernels).
+
+`query_gradients` and `key_gradients` are what they and `state` make of the backward pass.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +28,8 @@ from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
     guarded,
     head_index,
     rows_to_block,
+    state,
+    token_splits,
 )
 
 
@@ -301,3 +308,47 @@ def gradient(
     )(*tokens, scalars, value, m, z, *(() if den is None else (den,)))
     d_rows = results[sides] if learned else None
     return list(results[:sides]), d_rows, results[-1] if divided else None
+
+
+def covered(B: int, N: int, H: int, d: int) -> int:
+    """Tokens of all programs: what the arrays of scalars are rounded up to."""
+    return BLOCK * max(
+        math.prod(chunks(B, N, H, Tiles(d).parts)), math.prod(token_splits(B, N, H, d))
+    )
+
+
+def query_gradients(
+    core: Core,
+    tokens: Sequence[jax.Array],
+    scalars: jax.Array,
+    d_output: jax.Array,
+    m: jax.Array,
+    z: jax.Array,
+    den: jax.Array | None,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array]:
+    """Gradients of Q, Q' (B, N, H, d) and their scalars (B H, rows, N); sums for those of M and z.
+
+    Arguments are those of `gradient` for queries; the sums are as `state` has them.
+    """
+    d_tokens, d_rows, d_den = gradient(core, tokens, scalars, d_output, m, z, den)
+    weights = None if den is None else jnp.stack([1.0 / den, d_den], axis=1)
+    d_m, d_z = state(core, tokens, scalars, d_output, weights)
+    return d_tokens, d_rows, d_m, d_z
+
+
+def key_gradients(
+    core: Core,
+    tokens: Sequence[jax.Array],
+    scalars: jax.Array,
+    value: jax.Array,
+    d_m: jax.Array,
+    d_z: jax.Array,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array]:
+    """Gradients of K, K' (B, N, H, d), of their scalars (B H, rows, N), and of V (B, N, H, d).
+
+    Arguments are those of `gradient` for keys.
+    """
+    d_tokens, d_rows, _ = gradient(core, tokens, scalars, value, d_m, d_z, None)
+    plain = dataclasses.replace(core, normalizer="none")
+    d_value, _ = apply(plain, tokens, scalars, d_m, d_z)
+    return d_tokens, d_rows, d_value
