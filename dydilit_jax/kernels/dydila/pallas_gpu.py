@@ -7,11 +7,16 @@ each token: XLA computes them, and differentiates them. With u = (relu(z) + 1e-6
 
     (1) c = s ||u|| / ||u^g||,   so that phi(z) = c u^g
 
-Everything of width d happens in the kernels (pallas_gpu_kernels.py), which read Q, Q', K, K', V and
-the scalars and keep M, the mean of phi(K) and den for the backward pass. In units of one
-activation, B N D bfloat16 values, they read and write 6 forward and 16 backward. The scalars' own
-passes over Q, Q', K and K' are XLA's, and so is the padding of a head width that is no multiple of
-64 (of DyDi-LiT's sizes only XL, 288 to 320).
+The products, and all that only they need, happen in kernels, which read Q, Q', K, K', V and the
+scalars and keep M, the mean of phi(K) and den for the backward pass. In units of one activation,
+B N D bfloat16 values, and besides M and the scalars, they read and write 6 forward, and backward
+
+    11  for heads of up to 128 channels (pallas_gpu_narrow.py), nothing padded,
+    16  for wider ones (pallas_gpu_kernels.py, pallas_gpu_outputs.py), where a program does not hold
+        all of M and its gradient; N and d are padded to multiples of 64 (XL's 288 to 320).
+
+The scalars' own passes are XLA's and come on top: forward at least one over each of Q, Q', K and
+K'; backward at least one more, which reads them again and adds to their gradients.
 """
 
 from __future__ import annotations
@@ -224,10 +229,13 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
 
     def of_tokens(d_rows: jax.Array | None, scalars: jax.Array) -> jax.Array:
         B, groups, rows, _ = scalars.shape
+        d_scalars = jnp.zeros((B, groups, rows, N), jnp.float32)
         if d_rows is None:
-            return jnp.zeros((B, groups, rows, N), jnp.float32)
-        d_rows = d_rows[..., :N].reshape(B, core.heads, rows, N)
-        return d_rows if groups > 1 else d_rows.sum(axis=1, keepdims=True)
+            return d_scalars
+        d_rows = d_rows[..., :N].reshape(B, core.heads, -1, N)
+        if groups == 1:
+            d_rows = d_rows.sum(axis=1, keepdims=True)
+        return d_scalars.at[:, :, jnp.asarray(core.learned)].set(d_rows)
 
     return (
         tuple(d_query),
@@ -239,6 +247,43 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
 
 
 fused.defvjp(_forward, _backward)
+
+
+def all_heads(
+    core: Core,
+    query: Tokens,
+    key: Tokens,
+    value: jax.Array,
+    query_scalars: jax.Array,
+    key_scalars: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`fused` for arrays as the network has them, on one device.
+
+    Args:
+      core: static part.
+      query, key, value: as for `fused`, but each (B, N, D).
+      query_scalars, key_scalars: (B, 1 or H, rows, N) float32.
+
+    Returns:
+      The output (B, N, H, d) bfloat16, and den (B, H, N) float32 or None.
+    """
+    N = value.shape[1]
+    width, tokens = rounded_widths(core.width, N)
+
+    def heads(x: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:2], core.heads, core.width)
+        added = ((0, 0), (0, tokens - N), (0, 0), (0, width - core.width))
+        return jnp.pad(x, added) if any(map(sum, added)) else x
+
+    output, den = fused(
+        core,
+        tuple(map(heads, query)),
+        tuple(map(heads, key)),
+        heads(value),
+        rounded_up(query_scalars, core, tokens),
+        rounded_up(key_scalars, core, tokens),
+    )
+    return output[:, :N, :, : core.width], None if den is None else den[..., :N]
 
 
 def attention(
@@ -268,42 +313,21 @@ def attention(
     core = Core(H, D // H, N, normalizer, powered, differential, options.eps, axis, interpret)
     keys = (None, None) if inputs.noise_key is None else jax.random.split(inputs.noise_key)
     lambdas = inputs.lambdas
-    query_scalars, query_chosen = token_scalars(
-        inputs.query,
-        inputs.query_redundant,
-        (exponents.query, exponents.query_redundant),
-        None if lambdas is None else lambdas.query_router,
-        inputs,
-        options,
-        keys[0],
-    )
-    key_scalars, key_chosen = token_scalars(
-        inputs.key,
-        inputs.key_redundant,
-        (exponents.key, exponents.key_redundant),
-        None if lambdas is None else lambdas.key_router,
-        inputs,
-        options,
-        keys[1],
-    )
 
-    parts = sharding.sequence_size if sharding is not None else 1
-    width, tokens = rounded_widths(core.width, N // parts)
+    def scalars_of(side: str, noise_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Scalars and lambda's routing of the queries or keys, computed again for the gradients."""
+        names = side, f"{side}_redundant"
+        router = None if lambdas is None else getattr(lambdas, f"{side}_router")
+        run = partial(token_scalars, inputs=inputs, options=options, key=noise_key)
+        return jax.checkpoint(run)(
+            *(getattr(inputs, name) for name in names),
+            tuple(getattr(exponents, name) for name in names),
+            router,
+        )
 
-    def run(
-        query: Tokens, key: Tokens, value: jax.Array, *scalars: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None]:
-        def heads(x: jax.Array) -> jax.Array:
-            x = x.reshape(*x.shape[:2], H, core.width)
-            added = ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, width - core.width))
-            return jnp.pad(x, added) if any(map(sum, added)) else x
-
-        query, key = tuple(map(heads, query)), tuple(map(heads, key))
-        scalars = tuple(rounded_up(x, core, tokens) for x in scalars)
-        output, den = fused(core, query, key, heads(value), *scalars)
-        output = output[:, : value.shape[1], :, : core.width]
-        return output, None if den is None else den[..., : value.shape[1]]
-
+    query_scalars, query_chosen = scalars_of("query", keys[0])
+    key_scalars, key_chosen = scalars_of("key", keys[1])
+    run = partial(all_heads, core)
     if sharding is not None:
         of_tokens, of_rows = sharding.spec("bn"), sharding.spec("bgrn")
         run = jax.shard_map(

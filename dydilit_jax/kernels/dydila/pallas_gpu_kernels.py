@@ -73,6 +73,13 @@ class Core:
         sides = 1 + self.differential
         return max(1, 3 * sides * self.powered + self.differential)
 
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """Which of them have gradients: all but inv, a constant."""
+        powers = range(3 * (1 + self.differential) * self.powered)
+        last = (self.rows - 1,) * self.differential
+        return (*(row for row in powers if row % 3 != 1), *last)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -155,7 +162,7 @@ class Power:
         return jnp.exp(self._row(0) * log), log, positive
 
     def gradient(self, d_phi: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Gradients of z, like z, and of g, inv (a constant: zero) and c, (64,) each."""
+        """Gradients of z, like z, and of g and c, (64,) each."""
         if self.rows is None:
             return jnp.where(self.z > 0.0, d_phi, 0.0), []
         power, log, positive = self._unscaled()
@@ -164,7 +171,7 @@ class Power:
         d_z = self._row(0) * d_logged / positive
         d_g = jnp.sum(d_logged * log, axis=1)
         d_c = jnp.sum(d_power, axis=1)
-        return jnp.where(self.z > 0.0, d_z, 0.0), [d_g, 0.0 * d_g, d_c]
+        return jnp.where(self.z > 0.0, d_z, 0.0), [d_g, d_c]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +202,7 @@ class Features:
     def gradients(
         self, d_difference: jax.Array, d_base: jax.Array
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Gradients of Z (and Z'), and of the scalars in their order, from those of F and phi."""
+        """Gradients of Z (and Z'), and of the learned scalars, from those of F and phi."""
         d_z, d_rows = self.base.gradient(d_difference + d_base)
         if self.redundant is None or self.scale is None:
             return [d_z], d_rows

@@ -20,13 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
-    BLOCK,
-    Core,
-    columns_to_block,
-    rows_to_block,
-)
-from dydilit_jax.kernels.dydila.pallas_gpu_narrow import (
+from dydilit_jax.kernels.dydila.pallas_gpu_blocks import (
     Cut,
     State,
     Stream,
@@ -38,15 +32,16 @@ from dydilit_jax.kernels.dydila.pallas_gpu_narrow import (
     total,
     write_state,
 )
-
-
-def learned_rows(core: Core) -> int:
-    """Scalars of a token that have gradients."""
-    return 3 * (1 + core.differential) * core.powered + core.differential
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
+    BLOCK,
+    Core,
+    columns_to_block,
+    rows_to_block,
+)
 
 
 def write_rows(rows: Sequence[jax.Array], rows_s: Any, reference: Any, span: Any) -> None:
-    """Writes the gradients of a block's scalars to (B H, rows, covered)."""
+    """Writes the gradients of a block's scalars to (B H, learned, covered)."""
     for row, values in enumerate(rows):
         rows_s[row] = values
     plgpu.commit_smem()
@@ -74,12 +69,12 @@ def query_gradients(
       den: (B H, covered) float32; None for the normalizer `none`.
 
     Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, rows, covered) float32,
+      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, learned, covered) float32,
       None if there are none; sums over the tokens (B H, channels, channels) and (B H, d) float32,
       the latter zero without den.
     """
     cut, sides = Cut.of(d_output), len(tokens)
-    learned, divided = learned_rows(core), den is not None
+    learned, divided = len(core.learned), den is not None
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, m_ref, z_ref, *rest) = (
@@ -147,7 +142,7 @@ def query_gradients(
         write_state(cut, sums, d_z if divided else None, d_m_ref, d_z_ref, d_z_s)
 
     d_m_type, d_z_type = state_types(cut)
-    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, core.rows, cut.covered), jnp.float32)
+    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, learned, cut.covered), jnp.float32)
     results = launch(
         kernel,
         core,
@@ -166,7 +161,7 @@ def query_gradients(
             cut.state,
             plgpu.SMEM((cut.channels,), jnp.float32),
             plgpu.SMEM((cut.channels,), jnp.float32),
-            plgpu.SMEM((core.rows, BLOCK), jnp.float32),
+            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
         ],
         copies=sides + 2 + divided,
@@ -196,11 +191,11 @@ def key_gradients(
       d_z: (B H, d) float32; ignored by the normalizer `none`.
 
     Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, rows, covered) float32,
+      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, learned, covered) float32,
       None if there are none; and of V (B, N, H, d) bfloat16.
     """
     cut, sides = Cut.of(value), len(tokens)
-    learned = learned_rows(core)
+    learned = len(core.learned)
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, d_m_ref, d_z_ref, *rest) = (
@@ -239,7 +234,7 @@ def key_gradients(
 
         plgpu.wait_smem_to_gmem(0)
 
-    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, core.rows, cut.covered), jnp.float32)
+    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, learned, cut.covered), jnp.float32)
     results = launch(
         kernel,
         core,
@@ -254,7 +249,7 @@ def key_gradients(
             plgpu.SMEM((2, core.rows, BLOCK), jnp.float32),
             cut.state,
             plgpu.SMEM((cut.channels,), jnp.float32),
-            plgpu.SMEM((core.rows, BLOCK), jnp.float32),
+            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
             cut.operand(cut.channels),
             cut.operand(cut.channels),
             plgpu.Barrier(num_arrivals=2),

@@ -172,7 +172,7 @@ def gradient(
       den: (B H, N) float32 for queries; None for keys, and without a denominator.
 
     Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, rows, N)
+      Gradients of the tokens (B, N, H, d) bfloat16; of the learned scalars (B H, learned, N)
       float32, None if there are none; and of den (B H, N) float32, None without den.
     """
     B, N, H, d = value.shape
@@ -180,7 +180,7 @@ def gradient(
     blocks = -(-N // BLOCK)
     divided = den is not None
     sides = len(tokens)
-    learned = 3 * sides * core.powered + core.differential
+    learned = len(core.learned)
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, value_ref, m_ref, z_ref, *rest) = (
@@ -278,7 +278,7 @@ def gradient(
             plgpu.copy_smem_to_gmem(d_den_s, d_den_ref.at[head, span])
         plgpu.wait_smem_to_gmem(0)
 
-    d_rows_type = jax.ShapeDtypeStruct((B * H, core.rows, blocks * BLOCK), jnp.float32)
+    d_rows_type = jax.ShapeDtypeStruct((B * H, learned, blocks * BLOCK), jnp.float32)
     d_den_type = jax.ShapeDtypeStruct((B * H, blocks * BLOCK), jnp.float32)
     results = plgpu.kernel(
         kernel,
@@ -295,7 +295,7 @@ def gradient(
             plgpu.SMEM((count, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
             plgpu.SMEM((sides, BLOCK, BLOCK), jnp.bfloat16),
-            plgpu.SMEM((core.rows, BLOCK), jnp.float32),
+            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
             plgpu.Barrier(num_arrivals=sides + 1, num_barriers=1),
             plgpu.Barrier(num_arrivals=count),
@@ -326,7 +326,7 @@ def query_gradients(
     z: jax.Array,
     den: jax.Array | None,
 ) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array]:
-    """Gradients of Q, Q' (B, N, H, d) and their scalars (B H, rows, N); sums for those of M and z.
+    """Gradients of Q, Q' (B, N, H, d) and their scalars (B H, learned, N); sums for dM and dz.
 
     Arguments are those of `gradient` for queries; the sums are as `state` has them.
     """
@@ -344,7 +344,7 @@ def key_gradients(
     d_m: jax.Array,
     d_z: jax.Array,
 ) -> tuple[list[jax.Array], jax.Array | None, jax.Array]:
-    """Gradients of K, K' (B, N, H, d), of their scalars (B H, rows, N), and of V (B, N, H, d).
+    """Gradients of K, K' (B, N, H, d), of their scalars (B H, learned, N), and of V (B, N, H, d).
 
     Arguments are those of `gradient` for keys.
     """
