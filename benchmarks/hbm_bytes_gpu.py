@@ -2,15 +2,16 @@
 
     python -m benchmarks.hbm_bytes_gpu [--widths 72 288 --json FILE]
 
-Needs neither a GPU nor its compiler: nothing is compiled and nothing is run. The unit is X = B H N d
-2 bytes, one bfloat16 activation. Counted are the operands and results of every Mosaic GPU kernel in
-the lowered program of `pallas_gpu.all_heads`, forward, and backward as a function of what forward
-saves, and those of XLA's operations between them on arrays of all tokens and channels, such as
-padding, as if none was fused. What a kernel reads twice is counted once (programs that share a
-head's tokens run side by side, and are served by the L2 cache).
+Needs neither a GPU nor its compiler: nothing is compiled and nothing is run. The unit is
+X = B H N d 2 bytes, one bfloat16 activation. Counted are the operands and results of every Mosaic
+GPU kernel in the lowered program of `pallas_gpu.all_heads`, forward, and backward as a function of
+what forward saves, and those of XLA's operations between them on arrays of all tokens and channels,
+such as padding, as if none was fused. What a kernel reads again is counted once (programs that
+share a head's tokens run side by side, and are served by the L2 cache).
 
-Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'. Their
-bytes depend on what XLA's GPU compiler fuses; at least 4 X forward and 12 X backward come on top.
+Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'.
+Their bytes depend on what XLA's GPU compiler fuses; at least 4 X forward and 12 X backward (read
+the four and their gradients, write these) come on top.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ FREE = ("reshape", "constant", "iota")
 KINDS = ("activations", "state", "scalars", "around the kernels")
 
 
-def lowered(
-    core: Core, batch: int, tokens: int, *, multiprocessors: int = 132
-) -> dict[str, str]:
+def lowered(core: Core, batch: int, tokens: int, *, multiprocessors: int = 132) -> dict[str, str]:
     """StableHLO for CUDA of the forward and the backward program of one core.
 
     Args:
@@ -88,6 +87,7 @@ def kind_of(shape: tuple[int, ...], core: Core, batch: int, tokens: int) -> str:
 def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int]:
     """Bytes of the kernels' operands and results by kind, and of what XLA does around them."""
     functions: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in text.splitlines():
         if head := re.match(r"\s*func\.func \w+ @(\w+)", line):
             functions[head[1]] = lines = []
@@ -104,6 +104,8 @@ def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int
             operation = re.search(r" = \"?stablehlo\.(\w+)", line)
             if operation is None or operation[1] in FREE:
                 continue
+            if " : " not in line:
+                raise ValueError(f"cannot count the bytes of {line.strip()}")
             kernel = "custom_call @mosaic_gpu" in line
             types = line[line.rindex(" : ") :]
             if not kernel and "->" not in types:  # one type for the operands and the result

@@ -13,7 +13,7 @@ B N D bfloat16 values, and besides M and the scalars, they read and write 6 forw
 
     11  for heads of up to 128 channels (pallas_gpu_narrow.py), nothing padded,
     16  for wider ones (pallas_gpu_kernels.py, pallas_gpu_outputs.py), where a program does not hold
-        all of M and its gradient; N and d are padded to multiples of 64 (XL's 288 to 320).
+        all of M and its gradient.
 
 The scalars' own passes are XLA's and come on top: forward at least one over each of Q, Q', K and
 K'; backward at least one more, which reads them again and adds to their gradients.
@@ -42,7 +42,7 @@ from dydilit_jax.kernels.dydila.features import (
     choose_lambda,
     measure_kernel,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core, means
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core, means
 from dydilit_jax.kernels.dydila.xla import CoreOutput
 from dydilit_jax.kernels.platform import not_hopper
 from dydilit_jax.kernels.sharding import CoreSharding
@@ -77,11 +77,14 @@ def kernels_for(width: int) -> HeadKernels:
     return NARROW if width <= narrow.WIDEST else WIDE
 
 
-def rounded_widths(width: int, tokens: int) -> tuple[int, int]:
-    """Channels and tokens that arrays of heads are padded to in memory."""
-    if width <= narrow.WIDEST:
-        return -(-width // narrow.ALIGNMENT) * narrow.ALIGNMENT, tokens
-    return -(-width // BLOCK) * BLOCK, -(-tokens // BLOCK) * BLOCK
+def rounded_sizes(width: int, tokens: int) -> tuple[int, int]:
+    """Channels and tokens that arrays of heads are padded to in memory, few if any.
+
+    The TMA unit wants rows of a multiple of 16 bytes, and whole tiles of 8 tokens (and, for wide
+    heads, of 16 channels).
+    """
+    granule = narrow.ALIGNMENT if width <= narrow.WIDEST else 16
+    return -(-width // granule) * granule, -(-tokens // 8) * 8
 
 
 def unsupported(
@@ -165,9 +168,8 @@ def rounded_up(scalars: jax.Array, core: Core, covered: int) -> jax.Array:
     added = covered - scalars.shape[-1]
     if not added:
         return scalars
-    row = jnp.ones((core.rows, 1), jnp.float32)
-    if core.powered:
-        row = row.at[jnp.arange(2, core.rows, 3)].set(0.0)
+    is_scale = core.powered and (jnp.arange(core.rows) % 3 == 2)
+    row = jnp.where(is_scale, 0.0, 1.0).astype(jnp.float32).reshape(-1, 1)
     tail = jnp.broadcast_to(row, (*scalars.shape[:2], core.rows, added))
     return jnp.concatenate([scalars, tail], axis=-1)
 
@@ -185,8 +187,8 @@ def fused(
 
     Args:
       core: static part.
-      query, key: (Q,) and (K,), or (Q, Q') and (K, K'), each (B, N, H, d) bfloat16, with d a
-        multiple of 8 up to narrow.WIDEST; beyond, N and d are multiples of 64.
+      query, key: (Q,) and (K,), or (Q, Q') and (K, K'), each (B, N, H, d) bfloat16, with N and d
+        as `rounded_sizes` has them.
       value: (B, N, H, d) bfloat16.
       query_scalars, key_scalars: (B, 1 or H, rows, N) float32.
 
@@ -229,13 +231,14 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
 
     def of_tokens(d_rows: jax.Array | None, scalars: jax.Array) -> jax.Array:
         B, groups, rows, _ = scalars.shape
-        d_scalars = jnp.zeros((B, groups, rows, N), jnp.float32)
-        if d_rows is None:
-            return d_scalars
-        d_rows = d_rows[..., :N].reshape(B, core.heads, -1, N)
-        if groups == 1:
-            d_rows = d_rows.sum(axis=1, keepdims=True)
-        return d_scalars.at[:, :, jnp.asarray(core.learned)].set(d_rows)
+        d_scalars = [jnp.zeros((B, groups, N), jnp.float32)] * rows
+        if d_rows is not None:
+            d_rows = d_rows[..., :N].reshape(B, core.heads, -1, N)
+            if groups == 1:
+                d_rows = d_rows.sum(axis=1, keepdims=True)
+            for place, row in enumerate(core.learned):
+                d_scalars[row] = d_rows[:, :, place]
+        return jnp.stack(d_scalars, axis=2)
 
     return (
         tuple(d_query),
@@ -268,7 +271,7 @@ def all_heads(
       The output (B, N, H, d) bfloat16, and den (B, H, N) float32 or None.
     """
     N = value.shape[1]
-    width, tokens = rounded_widths(core.width, N)
+    width, tokens = rounded_sizes(core.width, N)
 
     def heads(x: jax.Array) -> jax.Array:
         x = x.reshape(*x.shape[:2], core.heads, core.width)

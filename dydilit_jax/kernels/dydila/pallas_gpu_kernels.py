@@ -15,8 +15,10 @@ Forward: (M, z) = state(K, V), O = apply(Q, M, z). Backward: gradient(Q, dO, M, 
 (dM, dz) = state(Q, dO; 1 / den, t), gradient(K, V, dM, dz), dV = apply(K, dM). No atomics: results
 repeat bitwise.
 
-Blocks are 64 tokens by 64 channels, in the tiles that wgmma reads; arrays here are multiples of
-both. One warpgroup a program; the tensor core multiplies bfloat16 and adds in float32.
+Blocks are 64 tokens by 64 channels, in the tiles that wgmma reads: 8 tokens by 64, 32 or 16
+channels, of which N and d are multiples. What a block has beyond N or d the TMA unit reads as
+zeros and does not write. One warpgroup a program; the tensor core multiplies bfloat16 and adds in
+float32.
 """
 
 from __future__ import annotations
@@ -224,6 +226,12 @@ def head_index(heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads)), index * 0
 
 
+def first_channel(width: int) -> jax.Array:
+    """Zero, known to Mosaic as a multiple of what divides d: so it tiles memory, and no wider."""
+    head = lax.axis_index("head")
+    return lax.min(head, jnp.int32(0)) * math.gcd(width, BLOCK)
+
+
 def block_copier(
     core: Core,
     tokens: Sequence[Any],
@@ -235,10 +243,11 @@ def block_copier(
     """Starts the copies of one block of Z, Z' and of the tokens' scalars: (block, tile, slot)."""
     b, h, _ = head_index(core.heads)
     group = h if scalars.shape[1] > 1 else 0
+    origin = first_channel(tokens[0].shape[-1])
 
     def start(block: jax.Array, tile: jax.Array, slot: jax.Array) -> None:
         for source, target in zip(tokens, into, strict=True):
-            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(tile * BLOCK, BLOCK)
+            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(origin + tile * BLOCK, BLOCK)
             plgpu.copy_gmem_to_smem(
                 source.at[b, span, h, channels], target.at[slot], barrier.at[slot]
             )
@@ -290,7 +299,8 @@ def state(
         def fetch(step: jax.Array, slot: jax.Array) -> None:
             block = split * steps + step
             start_blocks(block, tile, slot)
-            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(part * columns, columns)
+            span = pl.ds(block * BLOCK, BLOCK)
+            channels = pl.ds(first_channel(d) + part * columns, columns)
             plgpu.copy_gmem_to_smem(
                 value_ref.at[b, span, h, channels], value_s.at[slot], ready.at[slot]
             )

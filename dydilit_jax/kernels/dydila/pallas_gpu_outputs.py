@@ -25,6 +25,7 @@ from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
     chunks,
     columns_to_block,
     compiler_params,
+    first_channel,
     guarded,
     head_index,
     rows_to_block,
@@ -121,7 +122,7 @@ def apply(
                 y = y / lax.broadcast_in_dim(den, y.shape, (0,))
             y_s[...] = y.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            span, channels = pl.ds(start, BLOCK), pl.ds(part * columns, columns)
+            span, channels = pl.ds(start, BLOCK), pl.ds(first_channel(d) + part * columns, columns)
             plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, span, h, channels])
             if den_ref is not None:
                 plgpu.copy_smem_to_gmem(den_s, den_ref.at[head, part, pl.ds(start, BLOCK)])
@@ -199,8 +200,9 @@ def gradient(
             core, sources, scalars_ref, [blocks_s.at[i] for i in range(sides)], rows_s, ready
         )
         for tile in range(count):
+            across = pl.ds(first_channel(d) + tile * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(value_ref.at[b, span, h, across], value_s.at[tile], loaded)
             channels = pl.ds(zero + tile * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(value_ref.at[b, span, h, channels], value_s.at[tile], loaded)
             plgpu.copy_gmem_to_smem(z_ref.at[head, channels], z_s.at[tile], loaded)
         if den_ref is not None:
             plgpu.copy_gmem_to_smem(den_ref.at[head, span], den_s, loaded)
@@ -261,7 +263,7 @@ def gradient(
                 out_s[i] = d_token.astype(jnp.bfloat16)
             plgpu.commit_smem()
             for i, output in enumerate(outputs):
-                channels = pl.ds(tile * BLOCK, BLOCK)
+                channels = pl.ds(first_channel(d) + tile * BLOCK, BLOCK)
                 plgpu.copy_smem_to_gmem(out_s.at[i], output.at[b, span, h, channels])
             return tuple(total + row for total, row in zip(totals, d_rows, strict=True))
 
