@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from jax._src.mesh import AbstractDevice, AbstractMesh
 
+from benchmarks import hbm_bytes_gpu
 from dydilit_jax.kernels.dydila import pallas_gpu, pallas_gpu_blocks
 from dydilit_jax.kernels.dydila.api import dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Tiles
+from dydilit_jax.kernels.dydila.pallas_gpu_blocks import Cut
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core, Tiles
 from dydilit_jax.kernels.dydila.xla import linear_attention
 from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.kernels.sharding import CoreSharding
@@ -185,7 +187,12 @@ def cuda():
 
 @pytest.mark.parametrize(
     ("N", "d", "normalizer", "kernels"),
-    [(256, 72, "base", 4), (1024, 288, "signed", 6), (16384, 576, "base", 6)],
+    [
+        (256, 72, "base", 4),
+        (300, 64, "base", 4),
+        (1024, 288, "signed", 6),
+        (16384, 576, "base", 6),
+    ],
 )
 def test_lowers_for_cuda(N, d, normalizer, kernels):
     """Forward is two kernels, backward two more (wide heads: four), and nothing of N x N."""
@@ -202,6 +209,27 @@ def test_lowers_for_cuda(N, d, normalizer, kernels):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
     assert f"{N}x{N}" not in text
+
+
+def test_bytes_of_narrow_heads():
+    """XL/2's 16 heads: 6 activations forward, 11 backward, the states and scalars, nothing else."""
+    B, N, H, d, padded = 64, 1024, 16, 72, 80
+    core = Core(H, d, N, "base", True, True, 1e-6)
+    # M or dM is written once in float32 and read once in bfloat16, z or dz in float32.
+    written, read = (4 * padded * padded + 4 * d) * B * H, (2 * padded * padded + 4 * d) * B * H
+    rows, den = 4 * B * 7 * N, 4 * B * H * N
+    d_rows = 4 * B * H * 5 * N  # of each head, of all scalars but 1 / s of Q and Q' (K and K')
+    bounds = {
+        "forward": (6, written + read, 2 * rows + den),
+        "backward": (11, written + 2 * read, 2 * (rows + d_rows) + den),
+    }
+    programs = hbm_bytes_gpu.lowered(core, B, N)
+    assert programs.keys() == bounds.keys()
+    for name, (activations, state, scalars) in bounds.items():
+        moved = hbm_bytes_gpu.moved_bytes(programs[name], core, B, N)
+        assert moved["activations"] == activations * 2 * B * N * H * d, name
+        assert moved["around the kernels"] == 0, name
+        assert sum(moved.values()) <= activations * 2 * B * N * H * d + state + scalars, name
 
 
 def test_lowers_for_cuda_on_a_mesh():
@@ -268,6 +296,17 @@ def test_no_array_of_all_channels_is_saved_in_float32():
     wide = [x for x in saved if x.size >= arrays["query"].size]
     assert wide
     assert all(x.dtype == jnp.bfloat16 for x in wide)
+
+
+@pytest.mark.parametrize("d", [8, 64, 72, 128])
+def test_a_program_holds_a_narrow_head(d):
+    """`query_gradients`, the largest kernel: registers of a thread, and shared memory."""
+    cut = Cut(64, 1024, 4, d)
+    sums, under_way = 64 * cut.halves * cut.channels // 128, 64 * cut.channels // 128
+    assert sums + under_way < 255 - 32
+    blocks, operands = 2 * 3 * 64 * cut.channels * 2, 64 * (64 * cut.halves + cut.channels) * 2
+    staged, state, small = 64 * cut.channels * 4, cut.channels**2 * 2, 8 * 1024
+    assert blocks + max(operands, staged) + state + small <= 227 * 1024
 
 
 def test_shared_memory_holds_the_columns():

@@ -155,7 +155,8 @@ class Stream:
     def step(self, step: jax.Array) -> jax.Array:
         """Waits for a step's copies and starts those of the next; returns the slot."""
         slot = lax.rem(step, jnp.int32(2))
-        plgpu.wait_smem_to_gmem(0)  # the results of the step before have left
+        # The results of the step before have left, and every warp has done with what it read.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(step + 1 < self.cut.steps)
         def _() -> None:
@@ -245,6 +246,7 @@ def write_state(
     """Writes a program's sums to (B H, programs, channels, channels) and (B H, programs, d)."""
     head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
     zero = head * 0
+    plgpu.wait_smem_to_gmem(0)  # every warp's products have read what m_s takes the place of
 
     def write(m_s: Any) -> None:
         for half, values in enumerate(sums):

@@ -135,7 +135,6 @@ def query_gradients(
 
             zeros = jnp.zeros((cut.channels,), jnp.float32)
             d_z = lax.fori_loop(0, cut.steps, body, zeros)
-            plgpu.wait_smem_to_gmem(0)
             return sums.results(), d_z
 
         sums, d_z = State.while_summing(cut, accumulate)
