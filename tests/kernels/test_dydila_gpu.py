@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from jax._src.mesh import AbstractDevice, AbstractMesh
 
-from dydilit_jax.kernels.dydila import pallas_gpu
+from benchmarks import hbm_bytes_gpu
+from dydilit_jax.kernels.dydila import pallas_gpu, pallas_gpu_blocks, pallas_gpu_kernels
 from dydilit_jax.kernels.dydila.api import dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Tiles
+from dydilit_jax.kernels.dydila.pallas_gpu_blocks import Cut
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core, Tiles
 from dydilit_jax.kernels.dydila.xla import linear_attention
 from dydilit_jax.kernels.platform import tracing_for
 from dydilit_jax.kernels.sharding import CoreSharding
@@ -114,9 +116,10 @@ def test_base_with_lambda_above_one():
 
 
 @interpreted
-def test_signed_with_norms_of_heads():
+@pytest.mark.parametrize("d", [64, 136])
+def test_signed_with_norms_of_heads(d):
     options = CoreOptions(heads=2, normalizer="signed", norm_scope="head")
-    close_to_reference(64, 64, options, bank=(0.05, 0.1, 0.2))
+    close_to_reference(64, d, options, bank=(0.05, 0.1, 0.2))
 
 
 @interpreted
@@ -141,10 +144,37 @@ def test_relu_core_repeats_bitwise(normalizer):
         assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Two programs, not two for each multiprocessor: each takes several blocks of tokens."""
+    monkeypatch.setattr(pallas_gpu_blocks, "PROGRAMS", 2)
+    monkeypatch.setattr(pallas_gpu_kernels, "PROGRAMS", 6)  # three are for parts of the head
+    monkeypatch.setattr(pallas_gpu_kernels, "FEWEST_BLOCKS", 1)
+
+
 @interpreted
-def test_blocks_do_not_race():
-    """Three blocks of tokens, two of channels: every buffer is used again."""
-    close_to_reference(130, 72, CoreOptions(heads=1), plain=True, detect_races=True)
+@pytest.mark.parametrize("d", [64, 72])
+def test_blocks_do_not_race(few_programs, d):
+    """Two programs of two blocks, one of them beyond the tokens: every buffer is used again."""
+    close_to_reference(130, d, CoreOptions(heads=1), plain=True, detect_races=True)
+
+
+@interpreted
+@pytest.mark.parametrize(("d", "normalizer"), [(20, "base"), (128, "signed")])
+def test_narrow_heads_over_several_blocks(few_programs, d, normalizer):
+    """A width that is no multiple of 8, which is padded, and the widest."""
+    bank = (0.05, 0.1, 0.2) if normalizer == "signed" else (1.1, 1.5, 2.0)
+    options = CoreOptions(heads=1, normalizer=normalizer)
+    close_to_reference(139, d, options, bank=bank, negative=(3, 80, 138))
+
+
+@interpreted
+def test_wide_heads_with_programs_beyond_the_tokens(few_programs):
+    """Three blocks of tokens in two programs of two; the fourth block must not count."""
+    assert pallas_gpu.kernels_for(136) is pallas_gpu.WIDE
+    assert pallas_gpu_kernels.token_splits(1, 130, 1, 144) == (2, 2)
+    options = CoreOptions(heads=1)
+    close_to_reference(130, 136, options, bank=(1.1, 1.5, 2.0), detect_races=True)
 
 
 def cuda():
@@ -156,10 +186,16 @@ def cuda():
 
 
 @pytest.mark.parametrize(
-    ("N", "d", "normalizer"), [(256, 72, "base"), (1024, 288, "signed"), (16384, 576, "base")]
+    ("N", "d", "normalizer", "kernels"),
+    [
+        (256, 72, "base", 4),
+        (300, 64, "base", 4),
+        (1024, 288, "signed", 6),
+        (16384, 576, "base", 6),
+    ],
 )
-def test_lowers_for_cuda(N, d, normalizer):
-    """Forward is two kernels, backward four more, and nothing of N x N."""
+def test_lowers_for_cuda(N, d, normalizer, kernels):
+    """Forward is two kernels, backward two more (wide heads: four), and nothing of N x N."""
     options = CoreOptions(heads=2, normalizer=normalizer)
     arrays = jax.eval_shape(lambda: leaves(1, d))
     arrays = {
@@ -171,8 +207,29 @@ def test_lowers_for_cuda(N, d, normalizer):
     with cuda():
         traced = value_and_gradients.trace(pallas_gpu.attention, options, arrays, arrays["value"])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
     assert f"{N}x{N}" not in text
+
+
+def test_bytes_of_narrow_heads():
+    """XL/2's 16 heads: 6 activations forward, 11 backward, the states and scalars, nothing else."""
+    B, N, H, d, padded = 64, 1024, 16, 72, 80
+    core = Core(H, d, N, "base", True, True, 1e-6)
+    # M or dM is written once in float32 and read once in bfloat16, z or dz in float32.
+    written, read = (4 * padded * padded + 4 * d) * B * H, (2 * padded * padded + 4 * d) * B * H
+    rows, den = 4 * B * 7 * N, 4 * B * H * N
+    d_rows = 4 * B * H * 5 * N  # of each head, of all scalars but 1 / s of Q and Q' (K and K')
+    bounds = {
+        "forward": (6, written + read, 2 * rows + den),
+        "backward": (11, written + 2 * read, 2 * (rows + d_rows) + den),
+    }
+    programs = hbm_bytes_gpu.lowered(core, B, N)
+    assert programs.keys() == bounds.keys()
+    for name, (activations, state, scalars) in bounds.items():
+        moved = hbm_bytes_gpu.moved_bytes(programs[name], core, B, N)
+        assert moved["activations"] == activations * 2 * B * N * H * d, name
+        assert moved["around the kernels"] == 0, name
+        assert sum(moved.values()) <= activations * 2 * B * N * H * d + state + scalars, name
 
 
 def test_lowers_for_cuda_on_a_mesh():
@@ -191,18 +248,65 @@ def test_lowers_for_cuda_on_a_mesh():
     with jax.sharding.use_abstract_mesh(mesh), tracing_for("gpu"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 4
     assert "tensor<2x64x2x64xbf16>" in text
 
 
-def test_a_split_sequence_is_refused():
+@interpreted
+@pytest.mark.parametrize(("d", "plain"), [(72, False), (136, True)])
+def test_a_split_sequence_equals_the_unsplit_one(d, plain):
+    """Tokens over two devices, and the batch over two: outputs and every gradient."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=kinds)
+    options = CoreOptions(heads=1)
+    arrays = jax.tree.map(
+        lambda x: jnp.concatenate([x, x[:, ::-1]]) if x.ndim > 1 and x.shape[0] == 1 else x,
+        leaves(140, d, 1, plain=plain),
+    )
+    d_output = jnp.asarray(np.random.default_rng(1).normal(size=arrays["value"].shape), "bfloat16")
+    kernels = partial(pallas_gpu.attention, interpret=gpu_interpreter())
+    whole = value_and_gradients(kernels, options, arrays, d_output)
+    sharding = CoreSharding(mesh, ("data",), "sequence")
+    assert pallas_gpu.unsupported(core_inputs(arrays), options, sharding) is None
+    split = partial(kernels, sharding=sharding)
+    for name, x in value_and_gradients(split, options, arrays, d_output).items():
+        x, wanted = (np.asarray(y, np.float32) for y in (x, whole[name]))
+        assert np.abs(x - wanted).max() <= 2e-2 * np.abs(wanted).max(), name
+
+
+def test_what_a_mesh_does_not_divide_is_refused():
     mesh = AbstractMesh((2, 2), ("data", "sequence"))
-    inputs = core_inputs(leaves(64, 16, plain=True))
+    inputs = core_inputs(leaves(63, 16, plain=True))
     options = CoreOptions(heads=2)
     split = CoreSharding(mesh, (), "sequence")
-    assert "split over a mesh" in str(pallas_gpu.unsupported(inputs, options, split))
+    assert "63 tokens are not divisible" in str(pallas_gpu.unsupported(inputs, options, split))
     split = CoreSharding(mesh, ("data",))
     assert "batch 1 is not divisible" in str(pallas_gpu.unsupported(inputs, options, split))
+
+
+def test_no_array_of_all_channels_is_saved_in_float32():
+    """The backward pass computes the features again: it keeps bfloat16 arguments and scalars."""
+    options = CoreOptions(heads=2)
+    arrays = leaves(1024, 72)
+
+    def saving(arrays):
+        return jax.vjp(lambda x: pallas_gpu.attention(core_inputs(x), options).output, arrays)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(saving, arrays))
+    wide = [x for x in saved if x.size >= arrays["query"].size]
+    assert wide
+    assert all(x.dtype == jnp.bfloat16 for x in wide)
+
+
+@pytest.mark.parametrize("d", [8, 64, 72, 128])
+def test_a_program_holds_a_narrow_head(d):
+    """`query_gradients`, the largest kernel: registers of a thread, and shared memory."""
+    cut = Cut(64, 1024, 4, d)
+    sums, under_way = 64 * cut.halves * cut.channels // 128, 64 * cut.channels // 128
+    assert sums + under_way < 255 - 32
+    blocks, operands = 2 * 3 * 64 * cut.channels * 2, 64 * (64 * cut.halves + cut.channels) * 2
+    staged, state, small = 64 * cut.channels * 4, cut.channels**2 * 2, 8 * 1024
+    assert blocks + max(operands, staged) + state + small <= 227 * 1024
 
 
 def test_shared_memory_holds_the_columns():

@@ -7,25 +7,32 @@ each token: XLA computes them, and differentiates them. With u = (relu(z) + 1e-6
 
     (1) c = s ||u|| / ||u^g||,   so that phi(z) = c u^g
 
-Everything of width d happens in the kernels (pallas_gpu_kernels.py), which read Q, Q', K, K', V and
-the scalars and keep M, the mean of phi(K) and den for the backward pass. In units of one
-activation, B N D bfloat16 values, they read and write 6 forward and 16 backward. The scalars' own
-passes over Q, Q', K and K' are XLA's, and so is the padding of a head width that is no multiple of
-64 (of DyDi-LiT's sizes only XL, 288 to 320).
+The products, and all that only they need, happen in kernels, which read Q, Q', K, K', V and the
+scalars and keep M, the mean of phi(K) and den for the backward pass. In units of one activation,
+B N D bfloat16 values, and besides M and the scalars, they read and write 6 forward, and backward
+
+    11  for heads of up to 128 channels (pallas_gpu_narrow.py), nothing padded,
+    16  for wider ones (pallas_gpu_kernels.py, pallas_gpu_outputs.py), where a program does not hold
+        all of M and its gradient.
+
+The scalars' own passes are XLA's and come on top: forward at least one over each of Q, Q', K and
+K'; backward at least one more, which reads them again and adds to their gradients.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dydilit_jax.kernels import routing
 from dydilit_jax.kernels.dydila import pallas_gpu_kernels as kernels
-from dydilit_jax.kernels.dydila import pallas_gpu_outputs as outputs
+from dydilit_jax.kernels.dydila import pallas_gpu_narrow as narrow
+from dydilit_jax.kernels.dydila import pallas_gpu_narrow_backward as narrow_backward
+from dydilit_jax.kernels.dydila import pallas_gpu_outputs as wide
 from dydilit_jax.kernels.dydila.features import (
     RELU_OFFSET,
     CoreInputs,
@@ -35,7 +42,7 @@ from dydilit_jax.kernels.dydila.features import (
     choose_lambda,
     measure_kernel,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import BLOCK, Core
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core, means
 from dydilit_jax.kernels.dydila.xla import CoreOutput
 from dydilit_jax.kernels.platform import not_hopper
 from dydilit_jax.kernels.sharding import CoreSharding
@@ -43,13 +50,54 @@ from dydilit_jax.kernels.sharding import CoreSharding
 Tokens = tuple[jax.Array, ...]
 
 
+class HeadKernels(NamedTuple):
+    """Kernels for heads of some widths, of the same arguments and results."""
+
+    state: Callable[..., Any]
+    apply: Callable[..., Any]
+    query_gradients: Callable[..., Any]
+    key_gradients: Callable[..., Any]
+    covered: Callable[[int, int, int, int], int]
+
+
+NARROW = HeadKernels(
+    narrow.state,
+    narrow.apply,
+    narrow_backward.query_gradients,
+    narrow_backward.key_gradients,
+    narrow.covered,
+)
+WIDE = HeadKernels(
+    kernels.state, wide.apply, wide.query_gradients, wide.key_gradients, wide.covered
+)
+
+
+def kernels_for(width: int) -> HeadKernels:
+    """The kernels for heads of a width: those that hold a whole head wherever one fits."""
+    return NARROW if width <= narrow.WIDEST else WIDE
+
+
+def rounded_sizes(width: int, tokens: int) -> tuple[int, int]:
+    """Channels and tokens that arrays of heads are padded to in memory, few if any.
+
+    The TMA unit wants rows of a multiple of 16 bytes, and whole tiles of 8 tokens (and, for wide
+    heads, of 16 channels).
+    """
+    granule = narrow.ALIGNMENT if width <= narrow.WIDEST else 16
+    return -(-width // granule) * granule, -(-tokens // 8) * 8
+
+
 def unsupported(
     inputs: CoreInputs, options: CoreOptions, sharding: CoreSharding | None = None
 ) -> str | None:
     """Why the kernels cannot run these inputs and what would; None when they can."""
     if sharding is not None:
-        if sharding.sequence_size > 1:
-            return "tokens split over a mesh are not in the kernels: use the implementation 'xla'"
+        tokens = inputs.query.shape[1]
+        if tokens % sharding.sequence_size:
+            return (
+                f"{tokens} tokens are not divisible by mesh axis {sharding.sequence!r} of "
+                f"{sharding.sequence_size}"
+            )
         if inputs.query.shape[0] % sharding.batch_size:
             return f"batch {inputs.query.shape[0]} is not divisible by mesh axes {sharding.batch}"
     width = inputs.query.shape[-1] // options.heads
@@ -115,14 +163,13 @@ def token_scalars(
     return jnp.stack(rows, axis=2), chosen
 
 
-def rounded_up(scalars: jax.Array, core: Core) -> jax.Array:
-    """Scalars for tokens up to a whole block; those added have phi = 0, and finite logarithms."""
-    added = -core.tokens % BLOCK
+def rounded_up(scalars: jax.Array, core: Core, covered: int) -> jax.Array:
+    """Scalars for all tokens that programs cover; those added have phi = 0, finite logarithms."""
+    added = covered - scalars.shape[-1]
     if not added:
         return scalars
-    row = jnp.ones((core.rows, 1), jnp.float32)
-    if core.powered:
-        row = row.at[jnp.arange(2, core.rows, 3)].set(0.0)
+    is_scale = core.powered and (jnp.arange(core.rows) % 3 == 2)
+    row = jnp.where(is_scale, 0.0, 1.0).astype(jnp.float32).reshape(-1, 1)
     tail = jnp.broadcast_to(row, (*scalars.shape[:2], core.rows, added))
     return jnp.concatenate([scalars, tail], axis=-1)
 
@@ -141,7 +188,7 @@ def fused(
     Args:
       core: static part.
       query, key: (Q,) and (K,), or (Q, Q') and (K, K'), each (B, N, H, d) bfloat16, with N and d
-        multiples of 64.
+        as `rounded_sizes` has them.
       value: (B, N, H, d) bfloat16.
       query_scalars, key_scalars: (B, 1 or H, rows, N) float32.
 
@@ -160,29 +207,38 @@ def _forward(
     query_scalars: jax.Array,
     key_scalars: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
-    B, N, H, _ = value.shape
-    m, z = kernels.state(core, key, key_scalars, value)
-    output, den = outputs.apply(core, query, query_scalars, m, z)
+    B, N, H, d = value.shape
+    run = kernels_for(core.width)
+    query_scalars, key_scalars = (
+        rounded_up(scalars, core, run.covered(B, N, H, d))
+        for scalars in (query_scalars, key_scalars)
+    )
+    m, z = means(core, *run.state(core, key, key_scalars, value))
+    output, den = run.apply(core, query, query_scalars, m, z)
     saved = (query, key, value, query_scalars, key_scalars, m, z, den)
-    return (output, None if den is None else den.reshape(B, H, N)), saved
+    return (output, None if den is None else den[:, :N].reshape(B, H, N)), saved
 
 
 def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
     query, key, value, query_scalars, key_scalars, m, z, den = saved
-    d_output = cotangents[0]
-    d_query, d_query_rows, d_den = outputs.gradient(core, query, query_scalars, d_output, m, z, den)
-    weights = None if d_den is None else jnp.stack([1.0 / den, d_den], axis=1)
-    d_m, d_z = kernels.state(core, query, query_scalars, d_output, weights)
-    d_key, d_key_rows, _ = outputs.gradient(core, key, key_scalars, value, d_m, d_z, None)
-    plain = dataclasses.replace(core, normalizer="none")
-    d_value, _ = outputs.apply(plain, key, key_scalars, d_m, d_z)
+    N = value.shape[1]
+    run = kernels_for(core.width)
+    d_query, d_query_rows, d_m, d_z = run.query_gradients(
+        core, query, query_scalars, cotangents[0], m, z, den
+    )
+    d_m, d_z = means(core, d_m, d_z)
+    d_key, d_key_rows, d_value = run.key_gradients(core, key, key_scalars, value, d_m, d_z)
 
     def of_tokens(d_rows: jax.Array | None, scalars: jax.Array) -> jax.Array:
-        if d_rows is None:
-            return jnp.zeros_like(scalars)
-        B, groups, rows, N = scalars.shape
-        d_rows = d_rows.reshape(B, core.heads, rows, N)
-        return d_rows if groups > 1 else d_rows.sum(axis=1, keepdims=True)
+        B, groups, rows, _ = scalars.shape
+        d_scalars = [jnp.zeros((B, groups, N), jnp.float32)] * rows
+        if d_rows is not None:
+            d_rows = d_rows[..., :N].reshape(B, core.heads, -1, N)
+            if groups == 1:
+                d_rows = d_rows.sum(axis=1, keepdims=True)
+            for place, row in enumerate(core.learned):
+                d_scalars[row] = d_rows[:, :, place]
+        return jnp.stack(d_scalars, axis=2)
 
     return (
         tuple(d_query),
@@ -194,6 +250,43 @@ def _backward(core: Core, saved: Any, cotangents: tuple[jax.Array, Any]) -> Any:
 
 
 fused.defvjp(_forward, _backward)
+
+
+def all_heads(
+    core: Core,
+    query: Tokens,
+    key: Tokens,
+    value: jax.Array,
+    query_scalars: jax.Array,
+    key_scalars: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`fused` for arrays as the network has them, on one device.
+
+    Args:
+      core: static part.
+      query, key, value: as for `fused`, but each (B, N, D).
+      query_scalars, key_scalars: (B, 1 or H, rows, N) float32.
+
+    Returns:
+      The output (B, N, H, d) bfloat16, and den (B, H, N) float32 or None.
+    """
+    N = value.shape[1]
+    width, tokens = rounded_sizes(core.width, N)
+
+    def heads(x: jax.Array) -> jax.Array:
+        x = x.reshape(*x.shape[:2], core.heads, core.width)
+        added = ((0, 0), (0, tokens - N), (0, 0), (0, width - core.width))
+        return jnp.pad(x, added) if any(map(sum, added)) else x
+
+    output, den = fused(
+        core,
+        tuple(map(heads, query)),
+        tuple(map(heads, key)),
+        heads(value),
+        rounded_up(query_scalars, core, tokens),
+        rounded_up(key_scalars, core, tokens),
+    )
+    return output[:, :N, :, : core.width], None if den is None else den[..., :N]
 
 
 def attention(
@@ -219,47 +312,45 @@ def attention(
     differential = inputs.query_redundant is not None
     normalizer = "none" if options.normalizer == "rms" else options.normalizer
     powered = exponents.query is not None
-    core = Core(H, D // H, N, normalizer, powered, differential, options.eps, interpret)
+    axis = sharding.sequence if sharding is not None else None
+    core = Core(H, D // H, N, normalizer, powered, differential, options.eps, axis, interpret)
     keys = (None, None) if inputs.noise_key is None else jax.random.split(inputs.noise_key)
     lambdas = inputs.lambdas
-    query_scalars, query_chosen = token_scalars(
-        inputs.query,
-        inputs.query_redundant,
-        (exponents.query, exponents.query_redundant),
-        None if lambdas is None else lambdas.query_router,
-        inputs,
-        options,
-        keys[0],
-    )
-    key_scalars, key_chosen = token_scalars(
-        inputs.key,
-        inputs.key_redundant,
-        (exponents.key, exponents.key_redundant),
-        None if lambdas is None else lambdas.key_router,
-        inputs,
-        options,
-        keys[1],
-    )
 
-    def heads(*tensors: jax.Array | None) -> Tokens:
-        added = ((0, 0), (0, -N % BLOCK), (0, 0), (0, -core.width % BLOCK))
-        split = [x.reshape(B, N, H, core.width) for x in tensors if x is not None]
-        return tuple(jnp.pad(x, added) if any(map(sum, added)) else x for x in split)
-
-    kernels_of = partial(fused, core)
-    if sharding is not None:
-        rows = sharding.spec("b")
-        kernels_of = jax.shard_map(
-            kernels_of, mesh=sharding.mesh, in_specs=rows, out_specs=rows, check_vma=False
+    def scalars_of(side: str, noise_key: jax.Array | None) -> tuple[jax.Array, Any]:
+        """Scalars and lambda's routing of the queries or keys, computed again for the gradients."""
+        names = side, f"{side}_redundant"
+        router = None if lambdas is None else getattr(lambdas, f"{side}_router")
+        run = partial(token_scalars, inputs=inputs, options=options, key=noise_key)
+        return jax.checkpoint(run)(
+            *(getattr(inputs, name) for name in names),
+            tuple(getattr(exponents, name) for name in names),
+            router,
         )
-    output, den = kernels_of(
-        heads(inputs.query, inputs.query_redundant),
-        heads(inputs.key, inputs.key_redundant),
-        heads(inputs.value)[0],
-        rounded_up(query_scalars, core),
-        rounded_up(key_scalars, core),
+
+    query_scalars, query_chosen = scalars_of("query", keys[0])
+    key_scalars, key_chosen = scalars_of("key", keys[1])
+    run = partial(all_heads, core)
+    if sharding is not None:
+        of_tokens, of_rows = sharding.spec("bn"), sharding.spec("bgrn")
+        run = jax.shard_map(
+            run,
+            mesh=sharding.mesh,
+            in_specs=(of_tokens, of_tokens, of_tokens, of_rows, of_rows),
+            out_specs=(of_tokens, sharding.spec("bhn")),
+            check_vma=False,
+        )
+
+    def side(*tensors: jax.Array | None) -> Tokens:
+        return tuple(x for x in tensors if x is not None)
+
+    output, den = run(
+        side(inputs.query, inputs.query_redundant),
+        side(inputs.key, inputs.key_redundant),
+        inputs.value,
+        query_scalars,
+        key_scalars,
     )
-    output = output[:, :N, :, : core.width]
     if options.normalizer == "rms":
         numerator = output.astype(jnp.float32)
         mean_square = jnp.mean(numerator * numerator, axis=-1, keepdims=True)
@@ -267,6 +358,6 @@ def attention(
     chosen = {"query_lambda": query_chosen, "key_lambda": key_chosen}
     return CoreOutput(
         output.reshape(B, N, D),
-        None if den is None else den[..., :N].transpose(0, 2, 1),
+        None if den is None else den.transpose(0, 2, 1),
         {name: routed for name, routed in chosen.items() if routed is not None},
     )

@@ -15,8 +15,10 @@ Forward: (M, z) = state(K, V), O = apply(Q, M, z). Backward: gradient(Q, dO, M, 
 (dM, dz) = state(Q, dO; 1 / den, t), gradient(K, V, dM, dz), dV = apply(K, dM). No atomics: results
 repeat bitwise.
 
-Blocks are 64 tokens by 64 channels, in the tiles that wgmma reads; arrays here are multiples of
-both. One warpgroup a program; the tensor core multiplies bfloat16 and adds in float32.
+Blocks are 64 tokens by 64 channels, in the tiles that wgmma reads: 8 tokens by 64, 32 or 16
+channels, of which N and d are multiples. What a block has beyond N or d the TMA unit reads as
+zeros and does not write. One warpgroup a program; the tensor core multiplies bfloat16 and adds in
+float32.
 """
 
 from __future__ import annotations
@@ -47,11 +49,13 @@ class Core:
 
     Attributes:
       heads: H.
-      width, tokens: channels of a head and tokens before they were rounded up to blocks.
+      width: channels of a head before they were rounded up to blocks.
+      tokens: of a whole sequence, which the sums are divided by.
       normalizer: `base`, `signed` or `none`.
       powered: whether (1) has a power; else phi = relu.
       differential: whether there are Z' and lambda.
       eps: of the denominator.
+      sequence: mesh axis that the tokens are split over, or None.
       interpret: Pallas' interpreter parameters, or False.
     """
 
@@ -62,6 +66,7 @@ class Core:
     powered: bool
     differential: bool
     eps: float
+    sequence: str | None = None
     interpret: Any = False
 
     @property
@@ -69,6 +74,13 @@ class Core:
         """Scalars of a token: g, inv, c, then g', inv', c', then lambda; one unused if none."""
         sides = 1 + self.differential
         return max(1, 3 * sides * self.powered + self.differential)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """Which of them have gradients: all but inv, a constant."""
+        powers = range(3 * (1 + self.differential) * self.powered)
+        last = (self.rows - 1,) * self.differential
+        return (*(row for row in powers if row % 3 != 1), *last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +116,22 @@ class Tiles:
         return self.count * BLOCK, self.parts * self.columns
 
 
-def rows_to_block(rows: jax.Array) -> jax.Array:
-    """A scalar for each token, (64,), as a block (64, 64)."""
-    return lax.broadcast_in_dim(rows, (BLOCK, BLOCK), (0,))
+def rows_to_block(rows: jax.Array, channels: int = BLOCK) -> jax.Array:
+    """A scalar for each token, (64,), as a block (64, channels)."""
+    return lax.broadcast_in_dim(rows, (BLOCK, channels), (0,))
 
 
 def columns_to_block(columns: jax.Array) -> jax.Array:
-    """A scalar for each channel, (64,), as a block (64, 64)."""
-    return lax.broadcast_in_dim(columns, (BLOCK, BLOCK), (1,))
+    """A scalar for each channel, (channels,), as a block (64, channels)."""
+    return lax.broadcast_in_dim(columns, (BLOCK, *columns.shape), (1,))
+
+
+def guarded(product: jax.Array, core: Core) -> jax.Array:
+    """The denominator: positive by eps, or kept eps away from zero."""
+    if core.normalizer == "base":
+        return product + core.eps
+    eps = jnp.where(product < 0.0, -core.eps, core.eps)
+    return jnp.where(jnp.abs(product) < core.eps, eps, product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +139,7 @@ class Power:
     """Equation (1) of one block, and its derivative.
 
     Attributes:
-      z: (64, 64) float32.
+      z: (64, channels) float32.
       rows: (64,) float32 each: g, inv and c; None without a power.
     """
 
@@ -127,29 +147,33 @@ class Power:
     rows: Sequence[jax.Array] | None
 
     def value(self) -> jax.Array:
-        """Phi, (64, 64) float32."""
+        """Phi, (64, channels) float32."""
         if self.rows is None:
             return jnp.maximum(self.z, 0.0)
-        return rows_to_block(self.rows[2]) * self._unscaled()[0]
+        return self._row(2) * self._unscaled()[0]
+
+    def _row(self, row: int) -> jax.Array:
+        assert self.rows is not None
+        return rows_to_block(self.rows[row], self.z.shape[1])
 
     def _unscaled(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """u^g, ln u, and relu(z) + 1e-6."""
         assert self.rows is not None
         positive = jnp.maximum(self.z, 0.0) + RELU_OFFSET
-        log = jnp.log(positive * rows_to_block(self.rows[1]))
-        return jnp.exp(rows_to_block(self.rows[0]) * log), log, positive
+        log = jnp.log(positive * self._row(1))
+        return jnp.exp(self._row(0) * log), log, positive
 
     def gradient(self, d_phi: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Gradients of z, (64, 64), and of g, inv (a constant: zero) and c, (64,) each."""
+        """Gradients of z, like z, and of g and c, (64,) each."""
         if self.rows is None:
             return jnp.where(self.z > 0.0, d_phi, 0.0), []
         power, log, positive = self._unscaled()
         d_power = d_phi * power
-        d_logged = rows_to_block(self.rows[2]) * d_power
-        d_z = rows_to_block(self.rows[0]) * d_logged / positive
+        d_logged = self._row(2) * d_power
+        d_z = self._row(0) * d_logged / positive
         d_g = jnp.sum(d_logged * log, axis=1)
         d_c = jnp.sum(d_power, axis=1)
-        return jnp.where(self.z > 0.0, d_z, 0.0), [d_g, 0.0 * d_g, d_c]
+        return jnp.where(self.z > 0.0, d_z, 0.0), [d_g, d_c]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,32 +185,32 @@ class Features:
     scale: jax.Array | None  # lambda, (64,)
 
     @classmethod
-    def read(cls, core: Core, blocks: Sequence[Any], rows: Any) -> Features:
-        """From references to blocks of Z (and Z'), and to rows of scalars."""
+    def of(cls, core: Core, blocks: Sequence[jax.Array], rows: Any) -> Features:
+        """From blocks of Z (and Z'), and a reference to rows of scalars."""
         scalars = [rows[row] for row in range(core.rows)]
-        z = [block[...].astype(jnp.float32) for block in blocks]
+        z = [block.astype(jnp.float32) for block in blocks]
         base = Power(z[0], scalars[:3] if core.powered else None)
         if not core.differential:
             return cls(base, None, None)
         return cls(base, Power(z[1], scalars[3:6] if core.powered else None), scalars[-1])
 
     def values(self) -> tuple[jax.Array, jax.Array]:
-        """F and phi, (64, 64) float32."""
+        """F and phi, (64, channels) float32."""
         base = self.base.value()
         if self.redundant is None or self.scale is None:
             return base, base
-        return base - rows_to_block(self.scale) * self.redundant.value(), base
+        return base - rows_to_block(self.scale, self.base.z.shape[1]) * self.redundant.value(), base
 
     def gradients(
         self, d_difference: jax.Array, d_base: jax.Array
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Gradients of Z (and Z'), and of the scalars in their order, from those of F and phi."""
+        """Gradients of Z (and Z'), and of the learned scalars, from those of F and phi."""
         d_z, d_rows = self.base.gradient(d_difference + d_base)
         if self.redundant is None or self.scale is None:
             return [d_z], d_rows
         d_scale = -jnp.sum(d_difference * self.redundant.value(), axis=1)
         d_redundant, d_rows_redundant = self.redundant.gradient(
-            -rows_to_block(self.scale) * d_difference
+            -rows_to_block(self.scale, self.base.z.shape[1]) * d_difference
         )
         return [d_z, d_redundant], [*d_rows, *d_rows_redundant, d_scale]
 
@@ -202,6 +226,12 @@ def head_index(heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return lax.div(index, jnp.int32(heads)), lax.rem(index, jnp.int32(heads)), index * 0
 
 
+def first_channel(width: int) -> jax.Array:
+    """Zero, known to Mosaic as a multiple of what divides d: so it tiles memory, and no wider."""
+    head = lax.axis_index("head")
+    return lax.min(head, jnp.int32(0)) * math.gcd(width, BLOCK)
+
+
 def block_copier(
     core: Core,
     tokens: Sequence[Any],
@@ -213,10 +243,11 @@ def block_copier(
     """Starts the copies of one block of Z, Z' and of the tokens' scalars: (block, tile, slot)."""
     b, h, _ = head_index(core.heads)
     group = h if scalars.shape[1] > 1 else 0
+    origin = first_channel(tokens[0].shape[-1])
 
     def start(block: jax.Array, tile: jax.Array, slot: jax.Array) -> None:
         for source, target in zip(tokens, into, strict=True):
-            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(tile * BLOCK, BLOCK)
+            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(origin + tile * BLOCK, BLOCK)
             plgpu.copy_gmem_to_smem(
                 source.at[b, span, h, channels], target.at[slot], barrier.at[slot]
             )
@@ -233,7 +264,7 @@ def state(
     value: jax.Array,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The means over tokens M and z of each head.
+    """The sums over tokens M and z of each head.
 
     Args:
       core: static part; `normalizer` says whether z sums phi (`base`) or F (`signed`).
@@ -243,15 +274,12 @@ def state(
       weights: (B H, 2, N) float32, w and x; None for ones.
 
     Returns:
-      M (B H, *Tiles(d).padded) bfloat16 and z (B H, d) float32, zero beyond the head's width.
+      M (B H, *Tiles(d).padded) and z (B H, d) float32, zero beyond the head's width.
     """
     B, N, H, d = value.shape
     tiles = Tiles(d)
     columns, (padded_rows, padded_columns) = tiles.columns, tiles.padded
-    blocks = -(-N // BLOCK)
-    wanted = -(-PROGRAMS // (B * H * tiles.count * tiles.parts))
-    splits = max(1, min(wanted, blocks // FEWEST_BLOCKS))
-    steps = -(-blocks // splits)
+    splits, steps = token_splits(B, N, H, d)
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, value_ref, *rest) = (
@@ -271,7 +299,8 @@ def state(
         def fetch(step: jax.Array, slot: jax.Array) -> None:
             block = split * steps + step
             start_blocks(block, tile, slot)
-            span, channels = pl.ds(block * BLOCK, BLOCK), pl.ds(part * columns, columns)
+            span = pl.ds(block * BLOCK, BLOCK)
+            channels = pl.ds(first_channel(d) + part * columns, columns)
             plgpu.copy_gmem_to_smem(
                 value_ref.at[b, span, h, channels], value_s.at[slot], ready.at[slot]
             )
@@ -290,9 +319,8 @@ def state(
                     fetch(step + 1, lax.rem(step + 1, jnp.int32(2)))
 
                 plgpu.barrier_wait(ready.at[slot])
-                features = Features.read(
-                    core, [blocks_s.at[i, slot] for i in range(len(tokens))], rows_s.at[slot]
-                )
+                blocks_in = [blocks_s[i, slot] for i in range(len(tokens))]
+                features = Features.of(core, blocks_in, rows_s.at[slot])
                 difference, base = features.values()
                 summed = difference if core.normalizer == "signed" else base
                 summed = summed.astype(jnp.bfloat16).astype(jnp.float32)
@@ -340,8 +368,23 @@ def state(
     )(*tokens, scalars, value, *(() if weights is None else (weights,)))
     # Channels beyond the width hold zeros, whose phi is not quite zero.
     inside = jnp.arange(padded_rows) < core.width
-    m = jnp.where(inside[:, None], m.sum(axis=1) / core.tokens, 0.0).astype(jnp.bfloat16)
-    return m, jnp.where(inside, z[:, :, 0].sum(axis=1) / core.tokens, 0.0)
+    m = jnp.where(inside[:, None], m.sum(axis=1), 0.0)
+    return m, jnp.where(inside, z[:, :, 0].sum(axis=1), 0.0)
+
+
+def means(core: Core, m: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means over all tokens, M's as the tensor core takes them, of this device's sums."""
+    if core.sequence is not None:
+        m, z = lax.psum((m, z), core.sequence)
+    return (m / core.tokens).astype(jnp.bfloat16), z / core.tokens
+
+
+def token_splits(B: int, N: int, H: int, d: int) -> tuple[int, int]:
+    """Programs of `state` along the tokens, and blocks of tokens for each."""
+    tiles, blocks = Tiles(d), -(-N // BLOCK)
+    wanted = -(-PROGRAMS // (B * H * tiles.count * tiles.parts))
+    splits = max(1, min(wanted, blocks // FEWEST_BLOCKS))
+    return splits, -(-blocks // splits)
 
 
 def chunks(B: int, N: int, H: int, parts: int) -> tuple[int, int]:

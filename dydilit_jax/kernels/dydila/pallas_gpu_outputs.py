@@ -1,7 +1,12 @@
-"""The two Mosaic GPU kernels that write tokens: `apply` and `gradient` (see pallas_gpu_kernels)."""
+"""The two Mosaic GPU kernels that write tokens: `apply` and `gradient` (see pallas_gpu_kernels).
+
+`query_gradients` and `key_gradients` are what they and `state` make of the backward pass.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,17 +25,13 @@ from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
     chunks,
     columns_to_block,
     compiler_params,
+    first_channel,
+    guarded,
     head_index,
     rows_to_block,
+    state,
+    token_splits,
 )
-
-
-def guarded(product: jax.Array, core: Core) -> jax.Array:
-    """The denominator: positive by eps, or kept eps away from zero."""
-    if core.normalizer == "base":
-        return product + core.eps
-    eps = jnp.where(product < 0.0, -core.eps, core.eps)
-    return jnp.where(jnp.abs(product) < core.eps, eps, product)
 
 
 def apply(
@@ -95,9 +96,8 @@ def apply(
                         fetch(step + 1)
 
                     plgpu.barrier_wait(ready.at[slot])
-                    features = Features.read(
-                        core, [blocks_s.at[i, slot] for i in range(len(tokens))], rows_s.at[slot]
-                    )
+                    blocks_in = [blocks_s[i, slot] for i in range(len(tokens))]
+                    features = Features.of(core, blocks_in, rows_s.at[slot])
                     difference, base = features.values()
                     features_s[slot] = difference.astype(jnp.bfloat16)
                     plgpu.commit_smem()
@@ -122,7 +122,7 @@ def apply(
                 y = y / lax.broadcast_in_dim(den, y.shape, (0,))
             y_s[...] = y.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            span, channels = pl.ds(start, BLOCK), pl.ds(part * columns, columns)
+            span, channels = pl.ds(start, BLOCK), pl.ds(first_channel(d) + part * columns, columns)
             plgpu.copy_smem_to_gmem(y_s, y_ref.at[b, span, h, channels])
             if den_ref is not None:
                 plgpu.copy_smem_to_gmem(den_s, den_ref.at[head, part, pl.ds(start, BLOCK)])
@@ -173,7 +173,7 @@ def gradient(
       den: (B H, N) float32 for queries; None for keys, and without a denominator.
 
     Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, rows, N)
+      Gradients of the tokens (B, N, H, d) bfloat16; of the learned scalars (B H, learned, N)
       float32, None if there are none; and of den (B H, N) float32, None without den.
     """
     B, N, H, d = value.shape
@@ -181,7 +181,7 @@ def gradient(
     blocks = -(-N // BLOCK)
     divided = den is not None
     sides = len(tokens)
-    learned = 3 * sides * core.powered + core.differential
+    learned = len(core.learned)
 
     def kernel(*references: Any) -> None:
         sources, (scalars_ref, value_ref, m_ref, z_ref, *rest) = (
@@ -200,8 +200,9 @@ def gradient(
             core, sources, scalars_ref, [blocks_s.at[i] for i in range(sides)], rows_s, ready
         )
         for tile in range(count):
+            across = pl.ds(first_channel(d) + tile * BLOCK, BLOCK)
+            plgpu.copy_gmem_to_smem(value_ref.at[b, span, h, across], value_s.at[tile], loaded)
             channels = pl.ds(zero + tile * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(value_ref.at[b, span, h, channels], value_s.at[tile], loaded)
             plgpu.copy_gmem_to_smem(z_ref.at[head, channels], z_s.at[tile], loaded)
         if den_ref is not None:
             plgpu.copy_gmem_to_smem(den_ref.at[head, span], den_s, loaded)
@@ -225,8 +226,8 @@ def gradient(
                 return acc[...]
 
             y = pl.run_scoped(multiply, plgpu.ACC((BLOCK, BLOCK), jnp.float32))
-            blocks_in = [blocks_s.at[i, zero] for i in range(sides)]
-            return Features.read(core, blocks_in, rows_s.at[zero]), y
+            blocks_in = [blocks_s[i, zero] for i in range(sides)]
+            return Features.of(core, blocks_in, rows_s.at[zero]), y
 
         scale, d_den = None, None
         if divided:
@@ -262,7 +263,7 @@ def gradient(
                 out_s[i] = d_token.astype(jnp.bfloat16)
             plgpu.commit_smem()
             for i, output in enumerate(outputs):
-                channels = pl.ds(tile * BLOCK, BLOCK)
+                channels = pl.ds(first_channel(d) + tile * BLOCK, BLOCK)
                 plgpu.copy_smem_to_gmem(out_s.at[i], output.at[b, span, h, channels])
             return tuple(total + row for total, row in zip(totals, d_rows, strict=True))
 
@@ -279,7 +280,7 @@ def gradient(
             plgpu.copy_smem_to_gmem(d_den_s, d_den_ref.at[head, span])
         plgpu.wait_smem_to_gmem(0)
 
-    d_rows_type = jax.ShapeDtypeStruct((B * H, core.rows, blocks * BLOCK), jnp.float32)
+    d_rows_type = jax.ShapeDtypeStruct((B * H, learned, blocks * BLOCK), jnp.float32)
     d_den_type = jax.ShapeDtypeStruct((B * H, blocks * BLOCK), jnp.float32)
     results = plgpu.kernel(
         kernel,
@@ -296,7 +297,7 @@ def gradient(
             plgpu.SMEM((count, BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
             plgpu.SMEM((sides, BLOCK, BLOCK), jnp.bfloat16),
-            plgpu.SMEM((core.rows, BLOCK), jnp.float32),
+            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
             plgpu.SMEM((BLOCK,), jnp.float32),
             plgpu.Barrier(num_arrivals=sides + 1, num_barriers=1),
             plgpu.Barrier(num_arrivals=count),
@@ -309,3 +310,47 @@ def gradient(
     )(*tokens, scalars, value, m, z, *(() if den is None else (den,)))
     d_rows = results[sides] if learned else None
     return list(results[:sides]), d_rows, results[-1] if divided else None
+
+
+def covered(B: int, N: int, H: int, d: int) -> int:
+    """Tokens of all programs: what the arrays of scalars are rounded up to."""
+    return BLOCK * max(
+        math.prod(chunks(B, N, H, Tiles(d).parts)), math.prod(token_splits(B, N, H, d))
+    )
+
+
+def query_gradients(
+    core: Core,
+    tokens: Sequence[jax.Array],
+    scalars: jax.Array,
+    d_output: jax.Array,
+    m: jax.Array,
+    z: jax.Array,
+    den: jax.Array | None,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array]:
+    """Gradients of Q, Q' (B, N, H, d) and their scalars (B H, learned, N); sums for dM and dz.
+
+    Arguments are those of `gradient` for queries; the sums are as `state` has them.
+    """
+    d_tokens, d_rows, d_den = gradient(core, tokens, scalars, d_output, m, z, den)
+    weights = None if den is None else jnp.stack([1.0 / den, d_den], axis=1)
+    d_m, d_z = state(core, tokens, scalars, d_output, weights)
+    return d_tokens, d_rows, d_m, d_z
+
+
+def key_gradients(
+    core: Core,
+    tokens: Sequence[jax.Array],
+    scalars: jax.Array,
+    value: jax.Array,
+    d_m: jax.Array,
+    d_z: jax.Array,
+) -> tuple[list[jax.Array], jax.Array | None, jax.Array]:
+    """Gradients of K, K' (B, N, H, d), of their scalars (B H, learned, N), and of V (B, N, H, d).
+
+    Arguments are those of `gradient` for keys.
+    """
+    d_tokens, d_rows, _ = gradient(core, tokens, scalars, value, d_m, d_z, None)
+    plain = dataclasses.replace(core, normalizer="none")
+    d_value, _ = apply(plain, tokens, scalars, d_m, d_z)
+    return d_tokens, d_rows, d_value

@@ -1,0 +1,164 @@
+"""Count the HBM bytes of the DyDiLA core's GPU kernels from programs lowered for CUDA.
+
+    python -m benchmarks.hbm_bytes_gpu [--widths 72 288 --json FILE]
+
+Needs neither a GPU nor its compiler: nothing is compiled and nothing is run. The unit is
+X = B H N d 2 bytes, one bfloat16 activation. Counted are the operands and results of every Mosaic
+GPU kernel in the lowered program of `pallas_gpu.all_heads`, forward, and backward as a function of
+what forward saves, and those of XLA's operations between them on arrays of all tokens and channels,
+such as padding, as if none was fused. What a kernel reads again is counted once (programs that
+share a head's tokens run side by side, and are served by the L2 cache).
+
+Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'.
+Their bytes depend on what XLA's GPU compiler fuses; at least 4 X forward and 12 X backward (read
+the four and their gradients, write these) come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jax._src.mesh import AbstractDevice, AbstractMesh
+
+from dydilit_jax.kernels.dydila.pallas_gpu import all_heads
+from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core
+
+RESULTS = Path(__file__).parent / "results"
+ITEM_BYTES = {"bf16": 2, "f32": 4, "i32": 4, "i1": 1}
+TENSOR = re.compile(r"tensor<((?:\d+x)*)(\w+)>")
+# Operations that name memory without moving any of it.
+FREE = ("reshape", "constant", "iota")
+KINDS = ("activations", "state", "scalars", "around the kernels")
+
+
+def lowered(core: Core, batch: int, tokens: int, *, multiprocessors: int = 132) -> dict[str, str]:
+    """StableHLO for CUDA of the forward and the backward program of one core.
+
+    Args:
+      core: static part; `differential` says whether there are Q' and K'.
+      batch, tokens: B and N.
+      multiprocessors: of the GPU that newer JAX wants to know.
+    """
+    x = jax.ShapeDtypeStruct((batch, tokens, core.heads * core.width), jnp.bfloat16)
+    rows = jax.ShapeDtypeStruct((batch, 1, core.rows, tokens), jnp.float32)
+    side = (x,) * (1 + core.differential)
+    arguments = (side, side, x, rows, rows)
+
+    def saving(*arguments: Any) -> Any:
+        return jax.vjp(lambda *arrays: all_heads(core, *arrays)[0], *arguments)
+
+    def backward(residuals: Any, d_output: jax.Array) -> Any:
+        return residuals(d_output)
+
+    output, residuals = jax.eval_shape(saving, *arguments)
+    programs = {"forward": (saving, arguments), "backward": (backward, (residuals, output))}
+    gpu = AbstractDevice("NVIDIA H200", multiprocessors, "gpu")
+    scope: Any = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):
+        scope = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu))
+    with scope:
+        return {
+            name: jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+            for name, (function, given) in programs.items()
+        }
+
+
+def kind_of(shape: tuple[int, ...], core: Core, batch: int, tokens: int) -> str:
+    """What an array is: of all tokens and channels, a head's d x d or d, or scalars of tokens."""
+    if shape[:1] == (batch,) and math.prod(shape[1:]) >= tokens * core.heads * core.width:
+        return "activations"
+    if shape[:1] == (batch * core.heads,) and core.width <= shape[-1] < 2 * core.width + 64:
+        return "state"
+    return "scalars"
+
+
+def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int]:
+    """Bytes of the kernels' operands and results by kind, and of what XLA does around them."""
+    functions: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if head := re.match(r"\s*func\.func \w+ @(\w+)", line):
+            functions[head[1]] = lines = []
+        elif " = " in line:
+            lines.append(line)
+
+    def of(function: str) -> dict[str, int]:
+        total = dict.fromkeys(KINDS, 0)
+        for line in functions[function]:
+            if called := re.search(r" = (?:func\.)?call @(\w+)", line):
+                for kind, size in of(called[1]).items():
+                    total[kind] += size
+                continue
+            operation = re.search(r" = \"?stablehlo\.(\w+)", line)
+            if operation is None or operation[1] in FREE:
+                continue
+            if " : " not in line:
+                raise ValueError(f"cannot count the bytes of {line.strip()}")
+            kernel = "custom_call @mosaic_gpu" in line
+            types = line[line.rindex(" : ") :]
+            if not kernel and "->" not in types:  # one type for the operands and the result
+                operands = line[: line.rindex(" : ")].partition(" = ")[2].count("%")
+                types *= operands + 1
+            for sizes, item in TENSOR.findall(types):
+                shape = tuple(int(size) for size in sizes.split("x") if size)
+                kind = kind_of(shape, core, batch, tokens)
+                size = ITEM_BYTES[item] * math.prod(shape)
+                if kernel:
+                    total[kind] += size
+                elif kind == "activations":
+                    total["around the kernels"] += size
+        return total
+
+    return of("main")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[72, 288])
+    parser.add_argument("--model_width", type=int, default=1152)
+    parser.add_argument("--batch_tokens", type=int, default=65536)
+    parser.add_argument("--json", type=Path, default=RESULTS / "hbm_bytes_gpu.json")
+    options = parser.parse_args(arguments)
+
+    cases = []
+    for width in options.widths:
+        for tokens in options.tokens:
+            heads, batch = options.model_width // width, options.batch_tokens // tokens
+            unit = 2 * batch * tokens * heads * width
+            for row, parts in (("DyDiLA", True), ("relu core", False)):
+                core = Core(heads, width, tokens, "base", parts, parts, 1e-6)
+                print(f"d {width} N {tokens} {row}, units X of kernel operands and results:")
+                for name, text in lowered(core, batch, tokens).items():
+                    moved = moved_bytes(text, core, batch, tokens)
+                    units = {kind: size / unit for kind, size in moved.items()}
+                    parts_of = ", ".join(f"{x:.2f} {kind}" for kind, x in units.items())
+                    print(f"  {name:<10}{sum(units.values()):6.2f}: {parts_of}")
+                    cases.append(
+                        {"core": row, "program": name, "batch": batch, "tokens": tokens}
+                        | {"heads": heads, "width": width, "units": units}
+                    )
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "jax": jax.__version__,
+        "counted": "operands and results of the kernels in programs lowered for CUDA; no GPU",
+        "cases": cases,
+    }
+    options.json.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()
