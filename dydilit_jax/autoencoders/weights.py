@@ -13,7 +13,7 @@ UNKNOWN = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KnownWeights:
+class HubWeights:
     """Published weights on the Hugging Face hub.
 
     Attributes:
@@ -21,15 +21,24 @@ class KnownWeights:
       revision: the commit that is fetched.
       sha256: checksum of the file of weights; empty where it is not known here, and the user's
         checksum is the only one.
-      scaling_factor: what the latents are multiplied with.
       file: name of the file of weights.
     """
 
     repo: str
     revision: str
     sha256: str
-    scaling_factor: float
     file: str = DIFFUSERS_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownWeights(HubWeights):
+    """Those of an autoencoder.
+
+    Attributes:
+      scaling_factor: what the latents are multiplied with.
+    """
+
+    scaling_factor: float
 
 
 # The encoders of the first two are the same; they differ in their decoders.
@@ -153,7 +162,7 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch(known: KnownWeights, revision: str) -> Path:
+def fetch(known: HubWeights, revision: str) -> Path:
     """Fetches weights and their config.json from the hub, or finds them in its cache.
 
     Raises:
