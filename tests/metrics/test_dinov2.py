@@ -1,4 +1,4 @@
-"""DINOv2 against transformers' on the same random weights, from tests/fixtures/make_dinov2_fixtures.py."""
+"""DINOv2 against transformers' on the same random weights (make_dinov2_fixtures.py)."""
 
 import json
 import shutil
@@ -161,5 +161,5 @@ def test_weights_are_located(tmp_path, monkeypatch):
     assert isinstance(load_dinov2("dinov2-with-registers-large"), Dinov2Extractor)
     fields = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(fields | {"hidden_size": 32}))
-    with pytest.raises(UserError, match="expected what its config.json says"):
+    with pytest.raises(UserError, match=r"expected what its config\.json says"):
         load_dinov2(str(copied))
