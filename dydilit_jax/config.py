@@ -250,8 +250,8 @@ class EvaluationConfig:
     Attributes:
       num: class-balanced samples that are scored; 0 for no evaluation.
       every: steps between two scores, the last step among them; 0 for none on the way.
-      features: `inception`, `pixels` or `classifier`; see docs/evaluation.md.
-      weights: file of inception's weights; empty to fetch it.
+      features: `inception`, `dinov2`, `pixels` or `classifier`; see docs/evaluation.md.
+      weights: file of inception's weights, or folder or name of dinov2's; empty to fetch them.
       reference: .npz of the real images; empty for one of the run's own, which `pixels` and
         `classifier` make.
     """

@@ -47,11 +47,15 @@ _NUM = flags.DEFINE_integer(
     "num", None, f"Images; default: {DRAWN:,} drawn ones, or all that there are.", lower_bound=1
 )
 _FEATURES = flags.DEFINE_string(
-    "features", None, "inception, pixels or classifier; default: the config's."
+    "features", None, "inception, dinov2, pixels or classifier; default: the config's."
 )
-_WEIGHTS = flags.DEFINE_string("weights", None, "File of inception's weights.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "File of inception's weights, or folder or name of dinov2's."
+)
 _SHA256 = flags.DEFINE_string("sha256", "", "Checksum that the file of weights must have.")
-_VARIANT = flags.DEFINE_string("variant", "", "How inception's images are prepared.")
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "adm or pytorch_fid of inception, dgm_eval or transformers of dinov2."
+)
 _SCORES = flags.DEFINE_string(
     "scores",
     "",

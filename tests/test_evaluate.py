@@ -1,5 +1,6 @@
 """The evaluation command: scores against independent ones, several processes, kills, mistakes."""
 
+import hashlib
 import json
 import signal
 import socket
@@ -304,6 +305,39 @@ def test_a_classifier_is_trained_once_and_kept(run, evaluate, command, tmp_path)
         EVALUATE, f"--images={tmp_path}", f"--reference={lost}", "--features=classifier"
     )
     assert_one_line(code, errors, "there is no classifier", "lost.classifier.safetensors")
+
+
+def test_dinov2_scores_bear_its_name(evaluate, command, tmp_path):
+    """Random weights; a reference of them serves no other network."""
+    fixtures = ROOT / "tests" / "metrics" / "fixtures" / "dinov2"
+    dinov2 = ["--features=dinov2", f"--weights={fixtures}/plain"]
+    reference, images = tmp_path / "fdd.npz", tmp_path / "real.npz"
+    made = [f"--make_reference={reference}", "--config=configs/digits.py", "--num=64"]
+    code, _, errors = command(EVALUATE, *made, *dinov2)
+    assert code == 0, errors
+    np.savez(images, arr_0=REAL[:64])
+    report, _ = evaluate(f"--images={images}", f"--reference={reference}", *dinov2)
+    scores = report["scores"]
+    assert scores.keys() == {"num_images"} | {
+        f"dinov2_{name}"
+        for name in ("frechet", "kernel", "kernel_standard_error", "precision", "recall")
+    }
+    assert scores["dinov2_frechet"] == pytest.approx(0.0, abs=1e-4)
+    assert scores["dinov2_recall"] == 1.0
+    weights = (fixtures / "plain" / "model.safetensors").read_bytes()
+    assert report["settings"]["features_checksum"] == hashlib.sha256(weights).hexdigest()
+    assert "positions as dgm_eval" in report["settings"]["features_description"]
+    np.savez(images, arr_0=255 - REAL[:64])
+    asked = [f"--images={images}", f"--reference={reference}"]
+    inverted, _ = evaluate(*asked, *dinov2, "--scores=frechet")
+    assert inverted["scores"]["dinov2_frechet"] > 0.1
+    for arguments, message in (
+        (["--features=pixels"], "mu (16,) and sigma (16, 16), expected 64 features"),
+        ([*dinov2, "--variant=transformers"], "positions as dgm_eval"),
+        (["--features=dinov2", f"--weights={fixtures}/swiglu"], "features are of weights"),
+    ):
+        code, _, errors = command(EVALUATE, *asked, *arguments, f"--out={tmp_path}/none.json")
+        assert_one_line(code, errors, message)
 
 
 @pytest.fixture(scope="module")

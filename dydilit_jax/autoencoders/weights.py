@@ -15,7 +15,7 @@ UNKNOWN = "unknown"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KnownWeights:
+class HubWeights:
     """Published weights on the Hugging Face hub.
 
     Attributes:
@@ -23,17 +23,26 @@ class KnownWeights:
       revision: the commit that is fetched.
       sha256: checksum of the file of weights; empty where it is not known here, and the user's
         checksum is the only one.
-      scaling_factor: what the latents are multiplied with.
-      sizes: that their config.json gives.
       file: name of the file of weights.
     """
 
     repo: str
     revision: str
     sha256: str
+    file: str = DIFFUSERS_FILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownWeights(HubWeights):
+    """Those of an autoencoder.
+
+    Attributes:
+      scaling_factor: what the latents are multiplied with.
+      sizes: that their config.json gives.
+    """
+
     scaling_factor: float
     sizes: KLConfig | DCConfig
-    file: str = DIFFUSERS_FILE
 
 
 # The encoders of the first two are the same; they differ in their decoders.
@@ -158,7 +167,7 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch(known: KnownWeights, revision: str) -> Path:
+def fetch(known: HubWeights, revision: str) -> Path:
     """Fetches weights and their config.json from the hub, or finds them in its cache.
 
     Raises:

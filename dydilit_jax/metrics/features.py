@@ -2,7 +2,7 @@
 
 Every score is one of features: FID is the Frechet distance of `Features.pool` of the 2015
 Inception network, sFID of `Features.spatial`, the Inception Score is one of `Features.logits`;
-another network (a classifier) comes in by the same Protocol.
+another network (DINOv2, a classifier) comes in by the same Protocol.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from __future__ import annotations
 # precision_recall   improved precision and recall (k = 3) of Features.pool
 SCORES = ("frechet", "spatial_frechet", "inception_score", "kernel", "precision_recall")
 
-# What is called FID is one network's; another's scores bear its name.
+# What is called FID is one network's; another's scores bear its name: `dinov2_frechet` is what
+# papers call FDD or FD-DINOv2, `dinov2_kernel` the same in place of KID.
 INCEPTION = "inception"
 INCEPTION_NAMES = {
     "frechet": "fid",

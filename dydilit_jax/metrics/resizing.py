@@ -7,7 +7,7 @@ side. With s = in / out and output i:
                  floor(i s) and the next; corners are not aligned, and nothing is averaged
     half_pixel   PyTorch's bilinear, align_corners=False: source (i + 1/2) s - 1/2, not below zero
     cubic        Keys' kernel, a = -1/2, made wider by s where the image shrinks: Pillow's bicubic
-                 and PyTorch's with antialias=True
+                 and PyTorch's with antialias=True; `resize_levels` rounds as Pillow does
 """
 
 from __future__ import annotations
@@ -77,3 +77,18 @@ def resize(images: jax.Array, target: int, weights: Weights) -> jax.Array:
         jnp.asarray(weights(width, target)),
         precision=jax.lax.Precision.HIGHEST,
     )
+
+
+def resize_levels(levels: jax.Array, target: int) -> jax.Array:
+    """Whole numbers (n, H, W, C) in [0, 255] to (n, target, target, C), as Pillow's bicubic does.
+
+    Pillow resizes along the rows, then along the columns, and rounds to 8 bits after each. Its
+    weights have 22 binary digits, so that a level may differ by one.
+    """
+    height, width = levels.shape[1:3]
+    for axis, size in ((2, width), (1, height)):
+        if size != target:
+            matrix = jnp.asarray(cubic(size, target))
+            summed = jnp.tensordot(levels, matrix, (axis, 1), precision=jax.lax.Precision.HIGHEST)
+            levels = jnp.clip(jnp.floor(jnp.moveaxis(summed, -1, axis) + 0.5), 0.0, 255.0)
+    return levels

@@ -60,9 +60,9 @@ class Choice:
 
     Attributes:
       features: one of FEATURES.
-      weights: file of inception's; empty to fetch them.
+      weights: file of inception's, or folder or name of dinov2's; empty to fetch them.
       sha256: checksum that the file must have; empty for the known one.
-      variant: how inception's images are prepared; see metrics/extractors.py.
+      variant: how the network prepares images or positions; see metrics/extractors.py.
     """
 
     features: str
