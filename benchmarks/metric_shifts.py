@@ -5,7 +5,7 @@
 
 Two halves of as many images, disjoint and balanced in their classes, are compared; then the second
 one blurred, with noise, and with a growing share of its images replaced by others of one class. A
-score that can be trusted is near its best for the halves and gets worse with each step.
+distance that can be trusted is near zero for the halves and grows with each step.
 
 Without --weights the network of FID has random weights. Its distances then are in units of their
 own and are NOT FIDs: they can be compared within one table of one seed, and with nothing else.
@@ -263,8 +263,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     grid[0, 0].set_ylabel("Frechet distance")
     grid[1, 0].set_ylabel("kernel distance")
     grid[2, 0].set_ylabel("share")
-    grid[0, 0].legend()
-    grid[2, 0].legend()
+    grid[0, 0].legend(loc="upper left")
+    grid[2, 0].legend(loc="lower left")
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
 
