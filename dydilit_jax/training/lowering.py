@@ -85,6 +85,11 @@ class Program:
     notes: tuple[str, ...] = ()
 
     @property
+    def devices(self) -> int:
+        """How many execute it: all of the topology, or a host's."""
+        return self.mesh["batch"] if self.what == "decode" else len(self.topology.devices)
+
+    @property
     def fits(self) -> bool:
         """Whether it was compiled."""
         return self.shortage is None
