@@ -72,8 +72,9 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+HAS_GPU_COMPILER = any(importlib.util.find_spec(each) for each in topology.GPU_COMPILERS)
 needs_gpu_compiler = pytest.mark.skipif(
-    not any(importlib.util.find_spec(each) for each in topology.GPU_COMPILERS),
+    not HAS_GPU_COMPILER,
     reason="needs jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version (no GPU)",
 )
 
@@ -90,7 +91,6 @@ MISTAKES = {
         ["topology of v5e 'v5e:3x3'", "v5e:2x4, v5e:4x4", "v5e:16x16"],
     ),
     "shape of GPUs": ([CONFIG, "--topology=cuda:8"], ["cuda:SLICESxHOSTSxGPUS"]),
-    "no GPU": ([CONFIG, "--topology=cuda:1x1x8"], ["--gpu_target=FILE"]),
     "no file of a GPU": (
         [CONFIG, "--topology=cuda:1x1x8", "--gpu_target=nowhere.txt"],
         ["--gpu_target=nowhere.txt is no file"],
@@ -137,6 +137,12 @@ def test_a_missing_compiler_for_gpus_is_told_with_what_to_install(monkeypatch, t
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(HAS_GPU_COMPILER, reason="its compiler is installed")
+def test_no_compiler_for_gpus_ends_in_one_line(command):
+    code, _, errors = command(COMPILE, CONFIG, *GPUS)
+    assert_one_line(code, errors, "jax-cuda12-plugin==", "--gpu_target=FILE")
+
+
 @needs_gpu_compiler
 def test_a_step_is_compiled_for_gpus_that_are_not_there(command, tmp_path):
     """A network for eight H100: each has a part of the matrices, and gathers and sums the rest."""
@@ -158,11 +164,16 @@ def test_a_step_is_compiled_for_gpus_that_are_not_there(command, tmp_path):
 
 
 @needs_gpu_compiler
-def test_a_target_that_is_none_is_one_line(command, tmp_path):
+def test_no_target_or_none_that_xla_knows_is_told(command, tmp_path):
     target = tmp_path / "h100.txtpb"
     target.write_text("gpu: H100")
-    code, _, errors = command(COMPILE, CONFIG, *GPUS, f"--gpu_target={target}")
-    assert_one_line(code, errors, str(target), "XLA's description")
+    for options, part in (([f"--gpu_target={target}"], str(target)), ([], "no GPU here")):
+        code, _, errors = command(COMPILE, CONFIG, *GPUS, *options)
+        told = errors.splitlines()[-1]  # CUDA's own complaints come before it
+        assert code == 2
+        assert told.startswith("error: this JAX does not compile for cuda:1x1x8")
+        assert part in told
+        assert "Traceback" not in errors
 
 
 def test_every_listed_topology_is_one():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -77,7 +76,7 @@ def report(program: Program) -> dict[str, Any]:
 
 def estimate(program: Program, line: Roofline) -> dict[str, Any]:
     """What follows from the roofline; pairs are (all overlapped, none)."""
-    devices = math.prod(program.mesh.values())
+    devices = program.devices
     seconds = (line.overlapped, line.serial)
     peak = program.topology.chip.flops * devices
     result: dict[str, Any] = {
@@ -164,7 +163,7 @@ def _performance(program: Program) -> list[str]:
     line = program.roofline
     if line is None:
         return []
-    devices = math.prod(program.mesh.values())
+    devices = program.devices
     numbers = estimate(program, line)
     share = program.model_flops / (line.flops * devices) if line.flops else 0.0
     lines = [

@@ -54,23 +54,28 @@ def make_decoder(
     if not config.weights:
         return lambda images: images
     devices = devices or jax.local_devices()
-    mesh = decoder_mesh(devices)
+    # One program over one host's devices is refused on v5e's slices of 8 x 16 chips and more.
+    groups = [devices] if jax.process_count() == 1 else [[device] for device in devices]
     autoencoder = configured_autoencoder(config).autoencoder
     check_channels(config, autoencoder, channels)
     graph, state = nnx.split(autoencoder)
-    parameters = jax.device_put(state, NamedSharding(mesh, P()))
-    batch = NamedSharding(mesh, P("batch"))
+    meshes = [decoder_mesh(group) for group in groups]
+    weights = [jax.device_put(state, NamedSharding(mesh, P())) for mesh in meshes]
     decode = jit_decoder(graph)
 
     def call(latents: np.ndarray) -> np.ndarray:
-        size = min(DECODED_AT_ONCE, -(-len(latents) // len(devices))) * len(devices)
-        images = []
-        for start in range(0, len(latents), size):
-            # The last ones are filled up with repetitions, which are cut off again.
-            indices = np.minimum(np.arange(start, start + size), len(latents) - 1)
-            part = decode(parameters, jax.device_put(latents[indices], batch))
-            images.append(np.asarray(part)[: len(latents) - start])
-        return np.concatenate(images)
+        size = min(DECODED_AT_ONCE, -(-len(latents) // len(devices))) * len(groups[0])
+        images: list[np.ndarray] = []
+        for first in range(0, len(latents), size * len(groups)):
+            starts = range(first, min(first + size * len(groups), len(latents)), size)
+            decoded = []
+            for start, mesh, own in zip(starts, meshes, weights, strict=False):
+                # The last ones are filled up with repetitions, which are cut off again.
+                indices = np.minimum(np.arange(start, start + size), len(latents) - 1)
+                rows = NamedSharding(mesh, P("batch"))
+                decoded.append(decode(own, jax.device_put(latents[indices], rows)))
+            images += map(np.asarray, decoded)  # when all groups have something to do
+        return np.concatenate(images)[: len(latents)]
 
     return call
 

@@ -85,6 +85,11 @@ class Program:
     notes: tuple[str, ...] = ()
 
     @property
+    def devices(self) -> int:
+        """How many execute it: all of the topology, or a host's."""
+        return self.mesh["batch"] if self.what == "decode" else len(self.topology.devices)
+
+    @property
     def fits(self) -> bool:
         """Whether it was compiled."""
         return self.shortage is None
@@ -110,7 +115,7 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
       config: the run's config, with its mesh, batch and rematerialisation.
       topology: the devices.
       what: `train`, the whole optimizer step; `sample`, the sampler's whole loop; or `decode`, what
-        the autoencoder makes images of its latents with, on the devices of one host.
+        the autoencoder makes images of its latents with, on each device of one host.
 
     Raises:
       UserError: an unknown program, or a config that does not fit the devices.
@@ -122,19 +127,20 @@ def compile_program(config: Config, topology: Topology, what: str) -> Program:
             "a teacher (distillation.teacher) is not accounted for: set it to '' and add its "
             "forward pass"
         )
-    if what == "decode":
-        devices = topology.devices
-        mesh = decoder_mesh([d for d in devices if d.process_index == devices[0].process_index])
-    else:
-        mesh = mesh_of(config, topology)
+    first = topology.devices[0]
+    mesh = decoder_mesh([first]) if what == "decode" else mesh_of(config, topology)
     prepare = {"train": _train, "sample": _sample, "decode": _decode}[what]
     jitted, arguments, memory, images, model_flops = prepare(config, mesh)
+    sizes = dict(mesh.shape)
+    if what == "decode":  # Every device of the host has the program, and images of its own.
+        host = sum(each.process_index == first.process_index for each in topology.devices)
+        sizes, images, model_flops = {"batch": host}, host * images, host * model_flops
     start = time.perf_counter()
     program = Program(
         config=config,
         what=what,
         topology=topology,
-        mesh=dict(mesh.shape),
+        mesh=sizes,
         memory=memory,
         shortage=None,
         images=images,

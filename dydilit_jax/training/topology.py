@@ -149,7 +149,7 @@ def _compile_only(platform: str, name: str, options: dict[str, Any]) -> Sequence
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def group_bandwidth(topology: Topology, devices: Sequence[Any]) -> float:

@@ -173,6 +173,9 @@ def test_the_decoder_is_compiled_for_one_hosts_devices():
     pixels = plain_config(autoencoder={"weights": str(KL)})
     with pytest.raises(UserError, match="latents of 4 channels, the network draws 1"):
         compile_program(pixels, open_topology("v5e:4x4"), "decode")
+    # Where routes are few, one program over a host's devices alone is refused.
+    large = compile_program(config, open_topology("v5e:16x16"), "decode")
+    assert (large.mesh, large.images) == ({"batch": 4}, program.images)
     with pytest.raises(UserError, match="nothing to decode"):
         compile_program(plain_config(), open_topology("v5e:4x4"), "decode")
 

@@ -24,6 +24,32 @@ def test_latents_become_the_images_that_diffusers_decodes(monkeypatch):
     np.testing.assert_allclose(images, expected["decoded"][which], rtol=0, atol=1e-4)
 
 
+def test_a_host_of_several_decodes_by_a_program_on_each_device(monkeypatch):
+    """Five latents on three devices, one at once: two rounds, the second of two devices."""
+    monkeypatch.setattr(decoding, "DECODED_AT_ONCE", 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    devices = jax.devices()[1:4]
+    shapes = []
+    jit_decoder = decoding.jit_decoder
+
+    def watched(graph):
+        decode = jit_decoder(graph)
+
+        def call(weights, latents):
+            shapes.append((latents.shape[0], latents.devices()))
+            return decode(weights, latents)
+
+        return call
+
+    monkeypatch.setattr(decoding, "jit_decoder", watched)
+    expected = arrays_of("kl")
+    decode = make_decoder(AutoencoderConfig(weights=str(FIXTURES / "kl")), devices)
+    which = [0, 1, 1, 0, 1]
+    images = decode(0.18215 * expected["latents"][which])
+    np.testing.assert_allclose(images, expected["decoded"][which], rtol=0, atol=1e-4)
+    assert shapes == [(1, {devices[i]}) for i in (0, 1, 2, 0, 1)]
+
+
 def test_pixels_stay_pixels():
     images = np.ones((2, 8, 8, 1), np.float32)
     assert make_decoder(AutoencoderConfig())(images) is images
