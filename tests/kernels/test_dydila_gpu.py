@@ -232,12 +232,18 @@ def test_bytes_of_narrow_heads():
         assert sum(moved.values()) <= activations * 2 * B * N * H * d + state + scalars, name
 
 
-def test_lowers_for_cuda_on_a_mesh():
-    """With gradients, by the mesh in scope: every device gets kernels of its part of the batch."""
+@pytest.mark.parametrize(
+    ("axis", "local", "sums"), [("data", "2x128x2x64", 0), ("sequence", "4x64x2x64", 2)]
+)
+def test_lowers_for_cuda_on_a_mesh(axis, local, sums):
+    """With gradients, by the mesh in scope: every device gets kernels of its part of the arrays.
+
+    Split tokens: one sum of the states over the axis forward, one backward.
+    """
     gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
     auto = (jax.sharding.AxisType.Auto,)
-    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=gpu)
-    tokens = jax.ShapeDtypeStruct((4, 64, 128), jnp.bfloat16)
+    mesh = AbstractMesh((2,), (axis,), axis_types=auto, abstract_device=gpu)
+    tokens = jax.ShapeDtypeStruct((4, 128, 128), jnp.bfloat16)
     options = CoreOptions(heads=2)
 
     def loss(*tokens):
@@ -249,29 +255,49 @@ def test_lowers_for_cuda_on_a_mesh():
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(tokens, tokens, tokens)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 4
-    assert "tensor<2x64x2x64xbf16>" in text
+    assert f"tensor<{local}xbf16>" in text
+    assert text.count("stablehlo.all_reduce") == 2 * sums  # of M and of z, or of dM and of dz
 
 
 @interpreted
-@pytest.mark.parametrize(("d", "plain"), [(72, False), (136, True)])
-def test_a_split_sequence_equals_the_unsplit_one(d, plain):
-    """Tokens over two devices, and the batch over two: outputs and every gradient."""
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=kinds)
-    options = CoreOptions(heads=1)
-    arrays = jax.tree.map(
-        lambda x: jnp.concatenate([x, x[:, ::-1]]) if x.ndim > 1 and x.shape[0] == 1 else x,
-        leaves(140, d, 1, plain=plain),
+def test_sums_of_split_tokens_are_those_of_the_whole():
+    """What a mesh does that splits the tokens; the interpreter knows one device only."""
+    N, d = 144, 72
+    core = Core(1, d, N, "base", False, False, 1e-6, None, gpu_interpreter())
+    query, key, value, d_output = (
+        jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(0).normal(size=(4, 1, N, 1, d))
     )
-    d_output = jnp.asarray(np.random.default_rng(1).normal(size=arrays["value"].shape), "bfloat16")
-    kernels = partial(pallas_gpu.attention, interpret=gpu_interpreter())
-    whole = value_and_gradients(kernels, options, arrays, d_output)
-    sharding = CoreSharding(mesh, ("data",), "sequence")
-    assert pallas_gpu.unsupported(core_inputs(arrays), options, sharding) is None
-    split = partial(kernels, sharding=sharding)
-    for name, x in value_and_gradients(split, options, arrays, d_output).items():
-        x, wanted = (np.asarray(y, np.float32) for y in (x, whole[name]))
-        assert np.abs(x - wanted).max() <= 2e-2 * np.abs(wanted).max(), name
+    run, rows = pallas_gpu.NARROW, jnp.ones((1, 1, 1, N), jnp.float32)
+
+    @jax.jit
+    def whole(q, k, v, dy):
+        y, vjp = jax.vjp(
+            lambda *x: pallas_gpu.fused(core, x[:1], x[1:2], x[2], rows, rows)[0], q, k, v
+        )
+        return y, *vjp(dy)
+
+    @jax.jit
+    def split(q, k, v, dy):
+        q, k, v, dy = (jnp.split(x, 2, axis=1) for x in (q, k, v, dy))
+        ones = jnp.ones((1, 1, 1, run.covered(1, N // 2, 1, d)), jnp.float32)
+
+        def summed(parts):
+            return pallas_gpu.means(core, *(sum(x) for x in zip(*parts, strict=True)))
+
+        m, z = summed([run.state(core, k[i : i + 1], ones, v[i]) for i in range(2)])
+        y, den = zip(*(run.apply(core, q[i : i + 1], ones, m, z) for i in range(2)), strict=True)
+        of_queries = [
+            run.query_gradients(core, q[i : i + 1], ones, dy[i], m, z, den[i]) for i in range(2)
+        ]
+        d_m, d_z = summed([x[2:] for x in of_queries])
+        of_keys = [run.key_gradients(core, k[i : i + 1], ones, v[i], d_m, d_z) for i in range(2)]
+        d_q, d_k = ([x[0][0] for x in gradients] for gradients in (of_queries, of_keys))
+        return [jnp.concatenate(x, axis=1) for x in (y, d_q, d_k, [x[2] for x in of_keys])]
+
+    arrays = query, key, value, d_output
+    for wanted, got in zip(whole(*arrays), split(*arrays), strict=True):
+        wanted, got = np.asarray(wanted, np.float32), np.asarray(got, np.float32)
+        assert np.abs(got - wanted).max() <= 1e-2 * np.abs(wanted).max()
 
 
 def test_what_a_mesh_does_not_divide_is_refused():
