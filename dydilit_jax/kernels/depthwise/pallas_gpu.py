@@ -96,7 +96,9 @@ def cut(shape: tuple[int, ...], dtype: Any, k: int) -> Work:
     """As many images to a program as leave PROGRAMS; if one is too many, strips of images."""
     B, H, _, C = shape
     tiles = pl.cdiv(C, CHANNELS)
-    images = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or B // n * tiles >= PROGRAMS))
+    images = max(
+        n for n in range(1, B + 1) if B % n == 0 and (n == 1 or B // n * tiles >= PROGRAMS)
+    )
     wanted = max(1, min(H // FEWEST_ROWS, pl.cdiv(PROGRAMS, B // images * tiles)))
     strips = max(n for n in range(1, wanted + 1) if H % n == 0)
     work = Work(shape, jnp.dtype(dtype), k, images, H // strips, MOST_AHEAD)
@@ -323,7 +325,7 @@ class Rows(NamedTuple):
         return row
 
     def next(self, row: jax.Array) -> None:
-        """Starts the copy into the slot that is free after this row: every thread is done with it."""
+        """Starts the copy into the slot that this row was the last to read, in every thread."""
         self._fetch(row - self.work.k // 2 + self.work.slots)
 
     def walk(
