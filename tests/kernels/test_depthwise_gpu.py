@@ -70,7 +70,7 @@ def test_kernels_do_not_race_and_repeat_bitwise(monkeypatch):
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_shifted_form_for_gpus(k):
-    """XLA's GPU compiler is given another form of the kernel's gradient; a size traced only here."""
+    """XLA is given another form of the kernel's gradient there; a size traced only here."""
     inputs = make_inputs("float32", (2, 4, 6, 2), k)
     with tracing_for("gpu"):
         assert_close(computed(inputs, "shifted"), expected(*inputs), "float32")
