@@ -420,6 +420,10 @@ def launch(kernel: Any, work: Work, *, out_type: Any, scratch_types: Any) -> Cal
         scratch_types=scratch_types,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        # No barriers around every store of a pixel: a thread reads only what it or the TMA unit
+        # wrote, and `commit_smem` is a barrier between its reads of a row and the row's refill.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
+        ),
         interpret=target().interpret,
     )
