@@ -29,7 +29,7 @@ METRICS = ("loss", "frechet", "agreement")
 SIDE = 8  # images are averaged to this side before they are scored
 REFERENCES = 2000  # real images that samples are scored against, at most
 REFERENCE_SEED = 3
-Rows = dict[tuple[str, int], dict[str, float]]
+Rows = dict[tuple[str, int], dict[str, Any]]
 """By variant and seed, a run's metrics."""
 
 

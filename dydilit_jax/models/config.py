@@ -50,8 +50,11 @@ class AttentionConfig:
       router_jitter: multiplicative uniform noise on what the routers read, while training.
       load_balance_weight: weight in the loss of the routers' load-balance term (Switch form).
       eps: added to the denominator.
-      implementation: of the attention core: `xla`, `pallas_tpu`, `pallas_gpu` or `reference`; empty
-        to choose by platform and shape (kernels/dydila/api.py).
+      implementation: of attention's operations: the core, the routed projection and the depthwise
+        convolution of V. Empty: each chooses by platform and shape (docs/kernels.md). `pallas_tpu`,
+        `pallas_gpu`: the core runs in that kernel or says why it cannot; the other two in theirs
+        wherever it can run, else as they choose by themselves. `xla`: no kernel in any of them.
+        `reference`: as `xla`, with the core's explicit N x N form.
     """
 
     kind: str = "dydila"
@@ -70,6 +73,11 @@ class AttentionConfig:
     load_balance_weight: float = 0.0
     eps: float = 1e-6
     implementation: str = ""
+
+    @property
+    def backend(self) -> str | None:
+        """What `implementation` asks of the operations beside the core: their `prefer`."""
+        return "xla" if self.implementation == "reference" else self.implementation or None
 
     def __post_init__(self) -> None:
         _one_of("attention", self.kind, ATTENTIONS)

@@ -21,18 +21,34 @@ def depthwise_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> 
 
 
 def convolve(
-    tokens: jax.Array, grid: tuple[int, int], kernel: jax.Array, bias: jax.Array
+    tokens: jax.Array,
+    grid: tuple[int, int],
+    kernel: jax.Array,
+    bias: jax.Array,
+    prefer: str | None = None,
 ) -> jax.Array:
     """Depthwise convolution of tokens (B, N, C) that lie row by row on their grid."""
     image = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
-    return depthwise_conv(image, kernel, bias).reshape(tokens.shape)
+    return depthwise_conv(image, kernel, bias, prefer=prefer).reshape(tokens.shape)
 
 
 class DepthwiseConv(nnx.Module):
-    """Depthwise convolution of tokens on their grid, with bias: (B, N, C) to (B, N, C)."""
+    """Depthwise convolution of tokens on their grid, with bias: (B, N, C) to (B, N, C).
 
-    def __init__(self, channels: int, size: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
+    `prefer` is depthwise_conv's: the backend to take where it can run.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        grid: tuple[int, int],
+        *,
+        prefer: str | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.grid = grid
+        self.prefer = prefer
         self.kernel = nnx.Param(
             depthwise_init(rngs.params(), (size, size, channels), jnp.dtype(jnp.float32))
         )
@@ -40,7 +56,7 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Convolves tokens (B, N, C), row by row on the grid."""
-        return convolve(tokens, self.grid, self.kernel[...], self.bias[...])
+        return convolve(tokens, self.grid, self.kernel[...], self.bias[...], self.prefer)
 
 
 class MLP(nnx.Module):

@@ -155,7 +155,8 @@ def _is_library(instruction: Instruction) -> bool:
 
 def kernel_name(instruction: Instruction) -> str:
     """The name that a Pallas call was given."""
-    return instruction.attribute(r'(\w+)\)*/pallas_call"') or instruction.name.strip("%")
+    called = instruction.attribute(r'(\w+)\)*/(?:pallas_call|mpmd_map)"')  # by Pallas for TPU, GPU
+    return called or instruction.name.strip("%")
 
 
 def _in_memory(arrays: Sequence[Array]) -> int:

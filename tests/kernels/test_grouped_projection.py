@@ -237,7 +237,7 @@ def test_default_follows_the_platform_of_the_lowering():
     assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "while" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert api._default(jnp.zeros((4096, 8)), jnp.zeros((1, 8, 8)), None) == "dense"
+    assert api._default(jnp.zeros((4096, 8)), jnp.zeros((1, 8, 8)), None, None) == "dense"
 
 
 def test_default_equals_the_specification():

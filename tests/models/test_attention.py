@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dydilit_jax.errors import UserError
 from dydilit_jax.kernels.dydila.api import dydila_core
 from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, Lambdas
 from dydilit_jax.kernels.dydila.reference import attention_weights
+from dydilit_jax.kernels.platform import recording_choices, tracing_for
 from dydilit_jax.models.attention.dydila import DyDiLA, at_least_one
 from dydilit_jax.models.attention.projections import Context
 from dydilit_jax.models.attention.registry import ATTENTION_MODULES
@@ -401,3 +403,42 @@ def test_rotation_turns_relative_positions_only():
     np.testing.assert_allclose(weights[0, 0, 1, 2], weights[2, 1, 3, 3], rtol=1e-4)
     np.testing.assert_allclose(weights[1, 1, 1, 1], weights[3, 2, 3, 2], rtol=1e-4)
     assert abs(weights[0, 0, 1, 2] - weights[0, 0, 2, 1]) > 1e-3
+
+
+def chosen_by(implementation: str, platform: str, width: int = WIDTH, dtype: str = "bfloat16"):
+    """What core, routed projection and depthwise term run in, on one device of a platform."""
+    model = config(implementation=implementation)
+    model = dataclasses.replace(model, width=width, dtype=dtype)
+    x = jax.ShapeDtypeStruct((BATCH, model.tokens, width), dtype)
+    module = nnx.eval_shape(lambda: DyDiLA(model, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(module)
+    with recording_choices() as choices, tracing_for(platform):
+        jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x, Context())[0], state, x)
+    operations = ("attention core", "routed projection", "depthwise convolution")
+    return tuple(name for operation in operations for name in choices[operation])
+
+
+def test_implementation_names_the_kernels_of_all_operations(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert chosen_by("pallas_gpu", "gpu") == ("pallas_gpu",) * 3
+    assert chosen_by("pallas_tpu", "tpu", width=128) == ("pallas_tpu",) * 3
+    narrow = chosen_by("pallas_tpu", "tpu", width=64)
+    assert narrow == ("pallas_tpu", "dense", "shifted"), "the other two take multiples of 128"
+    for platform in ("gpu", "tpu"):
+        assert chosen_by("xla", platform, width=128) == ("xla", "dense", "shifted")
+        assert chosen_by("reference", platform, width=128) == ("reference", "dense", "shifted")
+        assert chosen_by("", platform)[1:] == ("dense", "shifted")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "reason"),
+    [
+        ("cpu", "bfloat16", "'pallas_gpu' cannot run: it is for gpu"),
+        ("gpu", "float32", "'pallas_gpu' cannot run: query is float32"),
+    ],
+)
+def test_an_implementation_that_the_core_cannot_run(platform, dtype, reason):
+    with pytest.raises(UserError) as error:
+        chosen_by("pallas_gpu", platform, dtype=dtype)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)

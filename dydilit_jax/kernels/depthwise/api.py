@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.depthwise.reference import convolution
 from dydilit_jax.kernels.depthwise.xla import shifted
-from dydilit_jax.kernels.platform import record_choice, target
+from dydilit_jax.kernels.platform import check_preference, preferred, record_choice, target
 from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
@@ -49,11 +49,14 @@ class Backend(Protocol):
 
 PLAIN: dict[str, Convolution] = {"shifted": shifted, "convolution": convolution}
 # Platform and module of each backend.
-BACKENDS = {"pallas_tpu": ("tpu", "dydilit_jax.kernels.depthwise.pallas_tpu")}
+BACKENDS = {
+    "pallas_tpu": ("tpu", "dydilit_jax.kernels.depthwise.pallas_tpu"),
+    "pallas_gpu": ("gpu", "dydilit_jax.kernels.depthwise.pallas_gpu"),
+}
 IMPLEMENTATIONS = (*PLAIN, *BACKENDS)
 
 # Fewest pixels of a device from which a backend is chosen unasked: where starting the kernel costs
-# little. Not timed on a device.
+# little. Not timed on a device. pallas_gpu has run on no GPU yet: it has to be asked for.
 FEWEST_PIXELS = {"pallas_tpu": 4096}
 
 
@@ -63,6 +66,7 @@ def depthwise_conv(
     bias: jax.Array | None = None,
     *,
     implementation: str | None = None,
+    prefer: str | None = None,
     sharding: CoreSharding | None = None,
 ) -> jax.Array:
     """Convolve each channel with its own k x k kernel: stride 1, zero padding, same size.
@@ -75,8 +79,9 @@ def depthwise_conv(
       x: (B, H, W, C), any float dtype.
       kernel: (k, k, C) with odd k, any float dtype; its gradient has that dtype.
       bias: (C,) or None.
-      implementation: `shifted`, `convolution`, `pallas_tpu`, or None for a backend of the target
-        platform where it can run, else `shifted`.
+      implementation: `shifted`, `convolution`, `pallas_tpu`, `pallas_gpu`, or None for what
+        `prefer` says, else a backend of the target platform where it is worth it, else `shifted`.
+      prefer: a backend to take where it can run, whatever the size, or `xla` for none of them.
       sharding: how B lies on a mesh, for the backends (XLA finds out by itself); an image is whole
         on its device. None takes the mesh of `jax.set_mesh`, if one is set.
 
@@ -89,9 +94,10 @@ def depthwise_conv(
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise unknown_name("depthwise convolution implementation", implementation, IMPLEMENTATIONS)
+    check_preference(prefer, BACKENDS)
     _check_shapes(x, kernel, bias)
     sharding = sharding or ambient_sharding()
-    name = implementation or _default(x, kernel, sharding)
+    name = implementation or _default(x, kernel, sharding, prefer)
     record_choice("depthwise convolution", name)
     if name in PLAIN:
         return PLAIN[name](x, kernel, bias)
@@ -108,12 +114,14 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name][1]))
 
 
-def _default(x: jax.Array, kernel: jax.Array, sharding: CoreSharding | None) -> str:
+def _default(
+    x: jax.Array, kernel: jax.Array, sharding: CoreSharding | None, prefer: str | None
+) -> str:
     """Return the implementation that None stands for."""
     pixels = x.shape[0] * x.shape[1] * x.shape[2] // (sharding.batch_size if sharding else 1)
-    for name in BACKENDS:
+    for name, fewest in preferred(prefer, FEWEST_PIXELS).items():
         if (
-            pixels >= FEWEST_PIXELS[name]
+            pixels >= fewest
             and placement_known(sharding)
             and _unsupported(name, x, kernel, sharding) is None
         ):

@@ -11,6 +11,10 @@ reads p and dy once; k * k separate sums, and what automatic differentiation mak
 k * k times. It sums over each image first and over the batch after. Measured on CPU at
 8 x 16 x 16 x 384, 5 x 5, against other forms of (3), whole gradient in ms: this 4.0, one sum over
 all three axes 8.7, a loop over rows 5.6, k * k separate sums 18.
+
+XLA for GPUs writes the k * k products of such a reduction to memory first (compiled for an H100,
+5 x 5: 102 activations moved). There (3) is one sum over an array of all windows, which it never
+writes: 2.4 moved, though every window is read through the caches.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dydilit_jax.kernels.platform import target
 
 
 @jax.custom_vjp
@@ -45,12 +51,10 @@ def _shifted_backward(
     k = kernel.shape[0]
     acc = jnp.promote_types(x.dtype, jnp.float32)
     dx = shifted(dy, kernel[::-1, ::-1], None)
-    terms = [window.astype(acc) * dy.astype(acc) for window in _windows(x, k)]
+    windows = _windows(x, k)
     if bias is not None:
-        terms.append(dy.astype(acc))
-    zeros = [jnp.zeros((), acc)] * len(terms)
-    image_sums = lax.reduce(terms, zeros, _add_each, dimensions=(1, 2))
-    sums = jnp.sum(jnp.stack(image_sums), axis=1)
+        windows.append(jnp.ones_like(x))
+    sums = jnp.sum(_image_sums(windows, dy, acc), axis=1)
     dkernel = sums[: k * k].reshape(kernel.shape).astype(kernel.dtype)
     dbias = None if bias is None else sums[k * k].astype(bias.dtype)
     return dx, dkernel, dbias
@@ -65,6 +69,16 @@ def _windows(x: jax.Array, k: int) -> list[jax.Array]:
     r = k // 2
     padded = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
     return [padded[:, i : i + H, j : j + W] for i in range(k) for j in range(k)]
+
+
+def _image_sums(windows: list[jax.Array], dy: jax.Array, acc: jnp.dtype) -> jax.Array:
+    """Sums over each image of every window times dy, each (B, H, W, C): (windows, B, C)."""
+    if target().platform == "gpu":
+        products = jnp.stack(windows, axis=1).astype(acc) * dy.astype(acc)[:, None]
+        return jnp.sum(products, axis=(2, 3)).swapaxes(0, 1)
+    terms = [window.astype(acc) * dy.astype(acc) for window in windows]
+    zeros = [jnp.zeros((), acc)] * len(terms)
+    return jnp.stack(lax.reduce(terms, zeros, _add_each, dimensions=(1, 2)))
 
 
 def _add_each(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.kernels.grouped_projection import reference, xla
-from dydilit_jax.kernels.platform import record_choice, target
+from dydilit_jax.kernels.platform import check_preference, preferred, record_choice, target
 from dydilit_jax.kernels.sharding import (
     CoreSharding,
     ambient_sharding,
@@ -94,6 +94,7 @@ def grouped_projection(
     *,
     straight_through: bool,
     implementation: str | None = None,
+    prefer: str | None = None,
     sharding: CoreSharding | None = None,
 ) -> jax.Array:
     """y_i = sum_j w_ij x_i W_j for weights that are zero off the routed bank `index_i`.
@@ -112,8 +113,9 @@ def grouped_projection(
       straight_through: with True the gradient of the weights is dy_i . (x_i W_j) for every j, as if
         every bank had been computed; with False it is zero off `index`, and cheaper.
       implementation: `dense`, `blocks`, `pallas_tpu`, `pallas_gpu`, or None to choose by platform
-        and shape: a backend of the target platform where it is worth it; else `blocks` on CPU
-        (unless the input is tiny), and `dense` elsewhere.
+        and shape: what `prefer` says; else a backend of the target platform where it is worth it;
+        else `blocks` on CPU (unless the input is tiny), and `dense` elsewhere.
+      prefer: a backend to take where it can run, whatever the size, or `xla` for none of them.
       sharding: how tokens (B, N, D) or (B, D) lie on a mesh, for the backends (XLA finds out by
         itself): each device routes its own tokens. None takes the mesh of `jax.set_mesh`, if one
         is set.
@@ -127,6 +129,7 @@ def grouped_projection(
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise unknown_name("grouped projection implementation", implementation, IMPLEMENTATIONS)
+    check_preference(prefer, BACKENDS)
     _check_arguments(x, bank, weights, index)
     sharding = sharding or ambient_sharding()
     if implementation in BACKENDS:
@@ -136,7 +139,7 @@ def grouped_projection(
                 f"grouped projection {implementation!r} cannot run: {reason}; "
                 "'dense' and 'blocks' run everywhere."
             )
-    name = implementation or _default(x, bank, sharding)
+    name = implementation or _default(x, bank, sharding, prefer)
     by_platform = "blocks" if target().platform == "cpu" else "dense"  # as _projection chooses
     record_choice("routed projection", name or by_platform)
     options = _Options(straight_through, name, sharding if name in BACKENDS else None)
@@ -148,7 +151,9 @@ def load_backend(name: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[name][1]))
 
 
-def _default(x: jax.Array, bank: jax.Array, sharding: CoreSharding | None) -> str | None:
+def _default(
+    x: jax.Array, bank: jax.Array, sharding: CoreSharding | None, prefer: str | None
+) -> str | None:
     """Return the implementation for None; None again to let the platform of the lowering decide.
 
     With one bank there is nothing to route; below 256 tokens sorting costs what it saves. Measured
@@ -157,21 +162,19 @@ def _default(x: jax.Array, bank: jax.Array, sharding: CoreSharding | None) -> st
     width 384: 256 tokens 2.3 / 2.1, 1,024 tokens 3.1 / 1.7, 4,096 tokens 3.8 / 1.5.
 
     Backends multiply float32 without rounding it, which takes a TPU six times as long as XLA's
-    product of rounded operands: they are chosen for bfloat16 only.
+    product of rounded operands: unless preferred they are chosen for bfloat16 only.
     """
     tokens = math.prod(x.shape[:-1])
-    if bank.shape[0] == 1 or tokens < 256:
-        return "dense"
     shards = 1 if sharding is None else sharding.batch_size * sharding.sequence_size
-    for name, fewest in FEWEST_TOKENS.items():
+    for name, fewest in preferred(prefer, FEWEST_TOKENS).items():
+        worthwhile = x.dtype == jnp.bfloat16 and bank.shape[0] > 1 and tokens >= fewest * shards
         if (
-            x.dtype == jnp.bfloat16
-            and tokens >= fewest * shards
+            (name == prefer or worthwhile)
             and placement_known(sharding)
             and _unsupported(name, x, bank, sharding) is None
         ):
             return name
-    return None
+    return "dense" if bank.shape[0] == 1 or tokens < 256 else None
 
 
 def _unsupported(

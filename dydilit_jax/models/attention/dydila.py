@@ -23,11 +23,11 @@ from dydilit_jax.models.attention.projections import (
     Context,
     SharedProjections,
     Telemetry,
+    depthwise_term,
     fused_xavier,
     output_projection,
 )
 from dydilit_jax.models.config import AttentionConfig, ModelConfig
-from dydilit_jax.models.feedforward import DepthwiseConv
 from dydilit_jax.models.linear import affine, kept
 from dydilit_jax.models.placement import on_each_device
 
@@ -63,6 +63,7 @@ class ProjectorBank(nnx.Module):
         attention, width = config.attention, config.width
         self.training = attention.router_training
         self.jitter = attention.router_jitter
+        self.prefer = attention.backend
         count = attention.projectors
         self.kernel = nnx.Param(
             fused_xavier(rngs.params(), (count, width, width), jnp.dtype(jnp.float32))
@@ -97,6 +98,7 @@ class ProjectorBank(nnx.Module):
                 choice,
                 straight_through=self.training != "switch",
                 implementation="dense" if soft else None,
+                prefer=self.prefer,
             )
 
         projected = on_each_device(
@@ -202,8 +204,7 @@ class DyDiLA(nnx.Module):
         self.exponents = MeasureExponents(config, rngs=rngs)
         # The learned gain of RMSNorm, on the joined heads.
         self.gain = nnx.Param(jnp.ones((config.width,))) if attention.normalizer == "rms" else None
-        size = attention.depthwise
-        self.depthwise = DepthwiseConv(config.width, size, config.grid, rngs=rngs) if size else None
+        self.depthwise = depthwise_term(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Telemetry]:
         """Mixes tokens (B, N, D); also returns telemetry by name."""

@@ -1,4 +1,4 @@
-"""What every token mixer has: the shared projections into queries, keys, values, and out."""
+"""What every token mixer has: projections into queries, keys, values, and out; DWC(V)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flax import nnx
 
 from dydilit_jax.kernels.rotary import Rotation
 from dydilit_jax.models.config import ModelConfig
+from dydilit_jax.models.feedforward import DepthwiseConv
 from dydilit_jax.models.linear import Linear, affine
 from dydilit_jax.models.placement import place
 
@@ -62,4 +63,14 @@ def output_projection(config: ModelConfig, *, rngs: nnx.Rngs) -> Linear:
         kernel_init=nnx.initializers.xavier_uniform(),
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
+    )
+
+
+def depthwise_term(config: ModelConfig, *, rngs: nnx.Rngs) -> DepthwiseConv | None:
+    """The depthwise convolution of V that is added to the output, if the attention has one."""
+    attention = config.attention
+    if not attention.depthwise:
+        return None
+    return DepthwiseConv(
+        config.width, attention.depthwise, config.grid, prefer=attention.backend, rngs=rngs
     )

@@ -10,10 +10,10 @@ from dydilit_jax.models.attention.projections import (
     Context,
     SharedProjections,
     Telemetry,
+    depthwise_term,
     output_projection,
 )
 from dydilit_jax.models.config import ModelConfig
-from dydilit_jax.models.feedforward import DepthwiseConv
 
 
 class SoftmaxAttention(nnx.Module):
@@ -23,8 +23,7 @@ class SoftmaxAttention(nnx.Module):
         self.heads = config.attention.heads
         self.qkv = SharedProjections(config, rngs=rngs)
         self.out = output_projection(config, rngs=rngs)
-        size = config.attention.depthwise
-        self.depthwise = DepthwiseConv(config.width, size, config.grid, rngs=rngs) if size else None
+        self.depthwise = depthwise_term(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Telemetry]:
         """Mixes tokens (B, N, D); also returns telemetry by name."""
