@@ -9,9 +9,9 @@ what forward saves, and those of XLA's operations between them on arrays of all 
 such as padding, as if none was fused. What a kernel reads again is counted once (programs that
 share a head's tokens run side by side, and are served by the L2 cache).
 
-Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'.
-Their bytes depend on what XLA's GPU compiler fuses; at least 4 X forward and 12 X backward (read
-the four and their gradients, write these) come on top.
+Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'. With
+`--gpu_target FILE`, a GPU's description as XLA writes it, and jax[cuda12] installed, the whole core
+is compiled for that GPU, which need not be there, and counted, kernels and XLA's fusions apart.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 from jax._src.mesh import AbstractDevice, AbstractMesh
+from jax.experimental import topologies
 
+from benchmarks import hbm_bytes
+from benchmarks.attention import dydila
 from dydilit_jax.kernels.dydila.pallas_gpu import all_heads
 from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core
+from dydilit_jax.kernels.platform import tracing_for
 
 RESULTS = Path(__file__).parent / "results"
 ITEM_BYTES = {"bf16": 2, "f32": 4, "i32": 4, "i1": 1}
@@ -124,6 +128,38 @@ def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int
     return of("main")
 
 
+def compiled(
+    target: str, batch: int, tokens: int, heads: int, width: int
+) -> dict[str, dict[str, float]]:
+    """Units X of the whole core compiled for a GPU: of kernels, and of everything XLA runs.
+
+    Args:
+      target: description of the GPU, text of XLA's GpuTargetConfigProto.
+      batch, tokens, heads, width: B, N, H and d.
+    """
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name="cuda:1x1x1", topology="1x1x1", target_config=target
+    ).devices
+    arrays = hbm_bytes.arrays_on(devices[0], batch, tokens, heads, width, True)
+    unit = 2 * batch * tokens * heads * width
+    counted = {}
+    mesh = arrays["value"].sharding.mesh.abstract_mesh
+    for implementation in ("pallas_gpu", "xla"):
+        with jax.sharding.use_abstract_mesh(mesh), tracing_for("gpu"):
+            programs = hbm_bytes.programs(dydila(implementation, heads), arrays)
+            for name in ("forward", "backward"):
+                function, given = programs[name]
+                traced = jax.jit(function).trace(*given)
+                text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+                total, by_opcode = hbm_bytes.moved_bytes(text)
+                kernels = by_opcode.get("custom-call", 0)
+                counted[f"{implementation} {name}"] = {
+                    "kernels": kernels / unit,
+                    "by XLA": (total - kernels) / unit,
+                }
+    return counted
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
@@ -131,9 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model_width", type=int, default=1152)
     parser.add_argument("--batch_tokens", type=int, default=65536)
     parser.add_argument("--json", type=Path, default=RESULTS / "hbm_bytes_gpu.json")
+    parser.add_argument("--gpu_target", type=Path, help="compile the whole core for this GPU")
     options = parser.parse_args(arguments)
 
-    cases = []
+    cases: list[dict[str, Any]] = []
     for width in options.widths:
         for tokens in options.tokens:
             heads, batch = options.model_width // width, options.batch_tokens // tokens
@@ -150,10 +187,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         {"core": row, "program": name, "batch": batch, "tokens": tokens}
                         | {"heads": heads, "width": width, "units": units}
                     )
+            if options.gpu_target is not None:
+                target = options.gpu_target.read_text()
+                for name, units in compiled(target, batch, tokens, heads, width).items():
+                    parts_of = ", ".join(f"{x:.2f} {kind}" for kind, x in units.items())
+                    print(f"  compiled whole, {name:<20}{sum(units.values()):7.2f}: {parts_of}")
+                    cases.append(
+                        {"core": "DyDiLA, compiled whole", "program": name, "batch": batch}
+                        | {"tokens": tokens, "heads": heads, "width": width, "units": units}
+                    )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "jax": jax.__version__,
-        "counted": "operands and results of the kernels in programs lowered for CUDA; no GPU",
+        "counted": "operands and results in programs lowered, or compiled, for CUDA; no GPU",
         "cases": cases,
     }
     options.json.write_text(json.dumps(record, indent=2) + "\n")

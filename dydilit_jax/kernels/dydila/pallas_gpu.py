@@ -15,8 +15,8 @@ B N D bfloat16 values, and besides M and the scalars, they read and write 6 forw
     16  for wider ones (pallas_gpu_kernels.py, pallas_gpu_outputs.py), where a program does not hold
         all of M and its gradient.
 
-The scalars' own passes are XLA's and come on top: forward at least one over each of Q, Q', K and
-K'; backward at least one more, which reads them again and adds to their gradients.
+The scalars' own passes are XLA's and come on top. They move several times as much: XLA writes the
+features of all channels in float32 for lambda's routers (docs/kernels.md has the bytes).
 """
 
 from __future__ import annotations
