@@ -333,15 +333,10 @@ def query_gradients(
     Arguments are those of `gradient` for queries; the sums are as `state` has them.
     """
     d_tokens, d_rows, d_den = gradient(core, tokens, scalars, d_output, m, z, den)
-<<<<<<< HEAD
-    assert (den is None) == (d_den is None)
-    weights = None if den is None or d_den is None else jnp.stack([1.0 / den, d_den], axis=1)
-=======
     weights = None
     if den is not None:
         assert d_den is not None
         weights = jnp.stack([1.0 / den, d_den], axis=1)
->>>>>>> gpucore
     d_m, d_z = state(core, tokens, scalars, d_output, weights)
     return d_tokens, d_rows, d_m, d_z
 
