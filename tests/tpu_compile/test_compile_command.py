@@ -157,9 +157,13 @@ def test_the_sampler_is_compiled_with_its_loop(topology):
 
 
 def test_the_decoder_is_compiled_for_one_hosts_devices():
-    """Of 16 devices a host has four; they decode apart, with all weights each."""
+    """Of 256 devices a host has four; they decode apart, with all weights each.
+
+    On a slice of this size libtpu refuses one program over those four alone.
+    """
+    slice_of_256 = open_topology("v5e:16x16")
     config = plain_config(model={"image_size": 8, "channels": 4}, autoencoder={"weights": str(KL)})
-    program = compile_program(config, open_topology("v5e:4x4"), "decode")
+    program = compile_program(config, slice_of_256, "decode")
     assert program.mesh == {"batch": 4}
     assert program.images == 4 * DECODED_AT_ONCE
     assert program.fits
@@ -172,12 +176,9 @@ def test_the_decoder_is_compiled_for_one_hosts_devices():
     assert "50,000 images" in told
     pixels = plain_config(autoencoder={"weights": str(KL)})
     with pytest.raises(UserError, match="latents of 4 channels, the network draws 1"):
-        compile_program(pixels, open_topology("v5e:4x4"), "decode")
-    # Where routes are few, one program over a host's devices alone is refused.
-    large = compile_program(config, open_topology("v5e:16x16"), "decode")
-    assert (large.mesh, large.images) == ({"batch": 4}, program.images)
+        compile_program(pixels, slice_of_256, "decode")
     with pytest.raises(UserError, match="nothing to decode"):
-        compile_program(plain_config(), open_topology("v5e:4x4"), "decode")
+        compile_program(plain_config(), slice_of_256, "decode")
 
 
 def test_an_axis_may_go_along_part_of_a_dimension():
