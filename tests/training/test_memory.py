@@ -112,6 +112,9 @@ def test_dots_keeps_what_linear_maps_and_routers_give_in_every_dtype(dtype, scan
         network = Network.create(tiny_config(model={"depth": depth, **changes}))
         kept[policy] = memory.saved_activations(network, images)
     expected = depth * images * ((maps + modulation) * size + routers * 4)
+    if not scan and dtype == "float32":
+        # Layers' biases are cut out of their stack, and `full` keeps those to add them again.
+        expected -= depth * 4 * (3 * D + D + 2 * hidden + modulation)
     assert kept["dots"] - kept["full"] == expected
 
 
