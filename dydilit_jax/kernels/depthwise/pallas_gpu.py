@@ -345,13 +345,8 @@ class Rows(NamedTuple):
 
         def of_group(group: jax.Array, state: tuple) -> tuple:
             columns, carry = [list(one) for one in state[0]], state[1]
-<<<<<<< HEAD
-            for place in range(GROUP):
-                w = group * GROUP + place
-=======
             for offset in range(GROUP):
                 w = group * GROUP + offset
->>>>>>> gpudepth
                 columns.append(column(w + (k - 1)))
                 window = [columns[-k + j][i] for i in range(k) for j in range(k)]
                 carry = pixel(w, window, carry)
