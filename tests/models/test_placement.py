@@ -74,7 +74,7 @@ def test_a_banks_gradient_is_scattered_over_fsdp_and_the_parts_are_summed(axes):
     sent = {(each.kind, each.axes): each.bytes for each in found}
     whole = arrays()[0].nbytes // mesh.shape["tensor"]
     part = whole // mesh.shape["fsdp"]
-    expected = {}
+    expected: dict[tuple[str, tuple[str, ...]], int] = {}
     if mesh.shape["fsdp"] > 1:
         expected = {("all-gather", ("fsdp",)): part, ("reduce-scatter", ("fsdp",)): whole}
     if others := tuple(axis for axis in ("data", "sequence") if mesh.shape[axis] > 1):
