@@ -54,13 +54,18 @@ def define_process_flags() -> Callable[[], None]:
     return connect
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags, calls `main` and exits: 0, or 2 after one line for a user's mistake."""
+def run(main: Callable[[], None], *, buckets: bool = False) -> None:
+    """Parses flags, calls `main` and exits: 0, or 2 after one line for a user's mistake.
+
+    Args:
+      main: the program.
+      buckets: whether its own flags may name a bucket (gs://...); a config's data may in any case.
+    """
     # TensorFlow and Orbax tell much that is no news; what matters of it also raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.set_verbosity(logging.INFO if _debugging() else logging.ERROR)
-    app.run(lambda _: _guard(main), flags_parser=lambda argv: _guard(lambda: _parse(argv)))
+    app.run(lambda _: _guard(main), flags_parser=lambda argv: _guard(lambda: _parse(argv, buckets)))
 
 
 def _guard(call: Callable[[], object]) -> object:
@@ -79,7 +84,7 @@ def _debugging() -> bool:
     return flag_text("debug") in ("given", "true", "1")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], buckets: bool) -> list[str]:
     """absl's parser, with its errors turned into ours."""
     _check_config_file(argv)
     try:
@@ -95,7 +100,22 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"the config file fails: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags have the form --name=value")
+    if not buckets:
+        _refuse_buckets()
     return rest
+
+
+def _refuse_buckets() -> None:
+    """A path of a bucket would be taken for a local folder `gs:`, which dies with the machine."""
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, str) and value.startswith("gs://") and not name.startswith("config."):
+            bucket, _, path = value.removeprefix("gs://").partition("/")
+            raise UserError(
+                f"--{name}={value} is in a bucket, where this program reads data alone: mount it "
+                f"(gcsfuse {bucket} /gcs/{bucket}) and give --{name}=/gcs/{bucket}/{path}; "
+                "launch/tpu.sh and launch/gke.sh do both"
+            )
 
 
 def _check_config_file(argv: list[str]) -> None:

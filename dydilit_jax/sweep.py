@@ -182,4 +182,4 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, buckets=True)

@@ -55,6 +55,14 @@ def workdirs(tmp_path_factory):
 
 # Arguments, and what the one line must hold. W is a folder of workdirs.
 TRAIN_MISTAKES = {
+    "workdir in a bucket": (
+        [CONFIG, "--workdir=gs://bucket/runs/x"],
+        [
+            "--workdir=gs://bucket/runs/x",
+            "gcsfuse bucket /gcs/bucket",
+            "--workdir=/gcs/bucket/runs/x",
+        ],
+    ),
     "unknown field": ([CONFIG, "--config.train.stepz=5"], ["'train.stepz'", "'train.steps'"]),
     "unknown section": (
         [CONFIG, "--config.trian.steps=5"],

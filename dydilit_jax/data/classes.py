@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dydilit_jax.data.buckets import open_path
 from dydilit_jax.data.sources import Source
 from dydilit_jax.errors import UserError
 
 
 def read_class_list(path: str) -> tuple[str, ...]:
-    """The names in a file.
+    """The names in a file, local or `gs://...`.
 
     Raises:
       UserError: no such file, no name in it, or one that stands there twice.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = open_path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read data.classes {path!r}: {reason}") from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from etils import epath
 
+from dydilit_jax.data.buckets import AnyPath, open_path
 from dydilit_jax.data.sources import EncodedSource
 from dydilit_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LIST_THREADS = 16
 
 
 class FolderSource(EncodedSource):
@@ -19,7 +21,7 @@ class FolderSource(EncodedSource):
     Classes are the subfolders in the order of their names, as torchvision's ImageFolder has them.
 
     Args:
-      folder: local, or `gs://...` where gcsfs or TensorFlow is installed.
+      folder: local, or `gs://...` where gcsfs is installed.
       split: FOLDER/SPLIT is read where it exists, else, if the split is `train`, FOLDER.
       image_size: side that images are scaled and cropped to.
       channels: 3 for colour, 1 for grey levels.
@@ -31,7 +33,7 @@ class FolderSource(EncodedSource):
     def __init__(self, folder: str, *, split: str, image_size: int, channels: int):
         if not folder:
             raise UserError("data source 'folder' needs data.data_dir, the folder of images")
-        root = epath.Path(folder)
+        root = open_path(folder)
         if (root / split).is_dir():
             root = root / split
         elif not root.is_dir():
@@ -42,9 +44,11 @@ class FolderSource(EncodedSource):
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         files: list[str] = []
         labels: list[int] = []
-        for label, name in enumerate(names):
-            found = sorted(_images_below(root / name, name))
-            files += found
+        # A bucket answers one listing after the other slowly, many at once well.
+        with ThreadPoolExecutor(LIST_THREADS) as threads:
+            listings = list(threads.map(lambda name: _images_below(root / name, name), names))
+        for label, found in enumerate(listings):
+            files += sorted(found)
             labels += [label] * len(found)
         if not files:
             raise UserError(
@@ -66,7 +70,7 @@ class FolderSource(EncodedSource):
     def read(self, index: int) -> tuple[bytes, int]:
         """An encoded image and its label; UserError if it cannot be read."""
         try:
-            return epath.Path(self.name(index)).read_bytes(), int(self._labels[index])
+            return open_path(self.name(index)).read_bytes(), int(self._labels[index])
         except OSError as error:
             raise UserError(error.strerror or str(error)) from error
 
@@ -75,7 +79,7 @@ class FolderSource(EncodedSource):
         return self._labels
 
 
-def _images_below(folder: epath.Path, prefix: str) -> list[str]:
+def _images_below(folder: AnyPath, prefix: str) -> list[str]:
     """Paths of images at any depth, relative to the folder's parent."""
     found = []
     for entry in folder.iterdir():

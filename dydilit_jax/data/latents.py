@@ -29,6 +29,14 @@ import numpy as np
 
 from dydilit_jax.autoencoders.weights import KNOWN, identity
 from dydilit_jax.config import Config
+from dydilit_jax.data.buckets import (
+    AnyPath,
+    check_credentials,
+    check_opened,
+    open_path,
+    readable,
+    size_of,
+)
 from dydilit_jax.data.classes import read_class_list
 from dydilit_jax.data.manifest import DTYPES, HEADER, Manifest, Shard, read_manifest
 from dydilit_jax.data.sources import Example
@@ -132,10 +140,12 @@ def read_indices(path: Path) -> list[int]:
     return [int(np.frombuffer(record, HEADER, 1)[0]) for record in records]
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: AnyPath) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(path), options=READER_OPTIONS, file_reader_buffer_size=32768)
+    with readable():
+        check_opened(reader, path)
     if not reader.ok():
         raise UserError(f"{str(path)!r} is damaged or no ArrayRecord file: encode anew")
     return reader
@@ -198,7 +208,7 @@ class LatentSource:
     """A folder of latents, read by index.
 
     Args:
-      folder: what `python -m dydilit_jax.encode` wrote.
+      folder: what `python -m dydilit_jax.encode` wrote, here or copied to `gs://...`.
       wanted: fields of the manifest and the values they must have, such as `weights_sha256`,
         `scaling_factor`, `latent_shape`, `image_size`.
       flip: whether mirror images will be asked for.
@@ -211,7 +221,7 @@ class LatentSource:
     def __init__(
         self, folder: Path | str, *, wanted: Mapping[str, Any] | None = None, flip: bool = False
     ):
-        self.folder = Path(folder)
+        self.folder = open_path(folder)
         self.manifest = read_manifest(self.folder)
         if differing := self.manifest.differences(wanted or {}):
             raise UserError(
@@ -229,13 +239,14 @@ class LatentSource:
         self._readers: dict[int, Any] = {}
         self._first = np.cumsum([0, *(shard.count for shard in self.manifest.shards)])
         self._check_files()
+        check_credentials(folder)
 
     def _check_files(self) -> None:
         for shard in self.manifest.shards:
             path = self.folder / shard.file
             if not path.is_file():
                 raise UserError(f"{str(path)!r} is missing: copy it, or encode anew")
-            if (size := path.stat().st_size) != shard.size:
+            if (size := size_of(path)) != shard.size:
                 raise UserError(
                     f"{str(path)!r} has {size} bytes, the manifest says {shard.size}: it is "
                     "truncated or of another encoding; copy it again, or encode anew"

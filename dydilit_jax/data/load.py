@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from dydilit_jax.config import Config, DataConfig
+from dydilit_jax.data.buckets import readable
 from dydilit_jax.data.classes import ClassSubset, read_class_list
 from dydilit_jax.data.folder import FolderSource
 from dydilit_jax.data.latents import LatentSource, wanted_of
@@ -26,20 +27,20 @@ def load_images(data: DataConfig, *, image_size: int, channels: int = 3) -> Sour
       UserError: a data set that is missing, empty, truncated or not of images; unknown classes.
     """
     size = data.image_size or image_size
-    source: Source
     if data.source in SOURCES:
-        source = SOURCES[data.source]()
-    elif data.source == "folder":
-        source = FolderSource(data.data_dir, split=data.split, image_size=size, channels=channels)
+        source: Source = SOURCES[data.source]()
     else:
-        source = RecordSource(
-            data.source,
-            data_dir=data.data_dir,
-            split=data.split,
-            image_size=size,
-            channels=channels,
-        )
+        with readable():
+            source = _open_images(data, size, channels)
     return of_classes(source, data.classes)
+
+
+def _open_images(data: DataConfig, size: int, channels: int) -> Source:
+    if data.source == "folder":
+        return FolderSource(data.data_dir, split=data.split, image_size=size, channels=channels)
+    return RecordSource(
+        data.source, data_dir=data.data_dir, split=data.split, image_size=size, channels=channels
+    )
 
 
 def of_classes(source: Source, path: str) -> Source:
@@ -59,9 +60,10 @@ def load_source(config: Config) -> Source:
     """
     data, model = config.data, config.model
     if data.latents:
-        source: Source = LatentSource(
-            data.latents, wanted=wanted_of(config), flip=data.horizontal_flip
-        )
+        with readable():
+            source: Source = LatentSource(
+                data.latents, wanted=wanted_of(config), flip=data.horizontal_flip
+            )
     else:
         source = load_images(data, image_size=model.image_size, channels=model.channels)
     expected = (model.image_size, model.image_size, model.channels)

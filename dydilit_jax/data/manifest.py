@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dydilit_jax.data.buckets import AnyPath
 from dydilit_jax.errors import UserError
 
 FORMAT, VERSION = "dydilit_jax.latents", 1
@@ -113,7 +114,7 @@ class Manifest:
         return json.dumps(head | dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
+    def from_json(cls, text: str, path: AnyPath) -> Manifest:
         """The inverse of `to_json`; `path` is told in errors.
 
         Raises:
@@ -151,7 +152,7 @@ class Manifest:
         ]
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: AnyPath) -> Manifest:
     """The manifest of a finished folder.
 
     Raises:

@@ -7,6 +7,7 @@ tfds knows its name; nothing is downloaded. Records are tf.train.Example protoco
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import os
@@ -19,9 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
+from dydilit_jax.data.buckets import (
+    AnyPath,
+    check_credentials,
+    check_opened,
+    in_bucket,
+    open_path,
+    size_of,
+)
 from dydilit_jax.data.sources import SOURCES, EncodedSource
 from dydilit_jax.errors import UserError
 
@@ -41,14 +49,14 @@ def default_data_dir() -> str:
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
-def find_version(name: str, data_dir: str) -> epath.Path:
+def find_version(name: str, data_dir: str) -> AnyPath:
     """The folder of a data set's newest version, or of the one that `NAME:VERSION` names.
 
     Raises:
       UserError: it is not there (says how to prepare it).
     """
     name, _, wanted = name.partition(":")
-    root = epath.Path(data_dir or default_data_dir())
+    root = open_path(data_dir or default_data_dir())
     folder = root / name
     versions = {}
     if folder.is_dir():
@@ -79,7 +87,7 @@ class RecordSource(EncodedSource):
 
     Args:
       name: `cifar10`, `imagenet2012`, `NAME/CONFIG`, with `:VERSION` for another than the newest.
-      data_dir: local, or `gs://...`; empty for tfds's own default.
+      data_dir: local, or `gs://...` where gcsfs is installed; empty for tfds's own default.
       split: in tfds's language: `train`, `train[:90%]`, `train+validation`.
       image_size: side that images are scaled and cropped to.
       channels: 3 for colour, 1 for grey levels.
@@ -90,26 +98,25 @@ class RecordSource(EncodedSource):
     """
 
     def __init__(self, name: str, *, data_dir: str, split: str, image_size: int, channels: int):
-        import tensorflow_datasets as tfds
-
         folder = find_version(name, data_dir)
-        builder = tfds.builder_from_directory(folder)
-        kind = builder.info.file_format.value
+        check_credentials(folder)
+        info = _read_info(folder)
+        kind = info.file_format.value
         if kind != "array_record":
             raise UserError(
                 f"data set {name!r} in {os.fspath(folder)!r} is stored as {kind}: prepare it in "
                 f"another folder with '{prepare_command(name, 'FOLDER')}'"
             )
-        self._image_key, self._label_key = _feature_names(builder.info, name)
+        self._image_key, self._label_key = _feature_names(info, name)
         self._name = name
         self._split = split
-        files = _split_files(builder.info, name, split)
-        self._check_shards(builder.info, files)
+        files = _split_files(info, name, split, folder)
+        self._check_shards(info, files)
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._records = ArrayRecordDataSource(files)
         self._files = [(os.fspath(file.filename), file.skip, file.take) for file in files]
-        names = _label_names(builder.info.features[self._label_key])
+        names = _label_names(info.features[self._label_key])
         super().__init__(names, image_size=image_size, channels=channels)
 
     def __len__(self) -> int:
@@ -172,7 +179,7 @@ class RecordSource(EncodedSource):
         return labels
 
     def _label_cache(self) -> Path:
-        sizes = [epath.Path(file).stat().length for file, _, _ in self._files]
+        sizes = [size_of(open_path(file)) for file, _, _ in self._files]
         key = hashlib.sha256(repr((self._files, sizes)).encode()).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = re.sub(r"\W+", "-", f"{self._name}-{self._split}")
@@ -181,7 +188,7 @@ class RecordSource(EncodedSource):
     def _check_shards(self, info: Any, files: Sequence[Any]) -> None:
         """Opens every shard once: a truncated one would otherwise fail record by record."""
         expected = {
-            os.fspath(path): length
+            path.name: length
             for split in info.splits.values()
             for path, length in zip(split.filepaths, split.shard_lengths, strict=True)
         }
@@ -189,12 +196,12 @@ class RecordSource(EncodedSource):
         with ThreadPoolExecutor(CHECK_THREADS) as threads:
             counts = list(threads.map(_count_records, paths))
         for path, count in zip(paths, counts, strict=True):
-            if count != expected[path]:
+            wanted = expected[Path(path).name]
+            if count != wanted:
                 found = (
                     "is missing"
                     if count is None
-                    else f"has {count} records instead of {expected[path]}: it is truncated or "
-                    "damaged"
+                    else f"has {count} records instead of {wanted}: it is truncated or damaged"
                 )
                 raise UserError(
                     f"{path!r} {found}; copy the data set again, or prepare it with "
@@ -202,13 +209,28 @@ class RecordSource(EncodedSource):
                 )
 
 
+def _read_info(folder: AnyPath) -> Any:
+    """tfds's description of a data set, from its metadata alone."""
+    import tensorflow_datasets as tfds
+
+    if not in_bucket(folder):
+        return tfds.builder_from_directory(folder).info
+    # tfds would read a bucket with TensorFlow; the metadata is a few small files.
+    with tempfile.TemporaryDirectory() as copy:
+        for path in folder.iterdir():
+            if path.name.endswith((".json", ".txt")):
+                (Path(copy) / path.name).write_bytes(path.read_bytes())
+        return tfds.builder_from_directory(copy).info
+
+
 def _count_records(path: str) -> int | None:
     """Records of a shard, 0 if its end cannot be read; None if there is no such file."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    if not epath.Path(path).exists():
+    if not open_path(path).exists():
         return None
     reader = ArrayRecordReader(path, options=READER_OPTIONS, file_reader_buffer_size=32768)
+    check_opened(reader, path)
     count = reader.num_records() if reader.ok() else 0
     # A reader of a damaged file raises once more when it is closed.
     if reader.ok():
@@ -216,7 +238,7 @@ def _count_records(path: str) -> int | None:
     return count
 
 
-def _split_files(info: Any, name: str, split: str) -> list[Any]:
+def _split_files(info: Any, name: str, split: str, folder: AnyPath) -> list[Any]:
     known = ", ".join(sorted(info.splits)) or "none"
     try:
         files = info.splits[split].file_instructions
@@ -226,7 +248,11 @@ def _split_files(info: Any, name: str, split: str) -> list[Any]:
         ) from error
     if not sum(file.take for file in files):
         raise UserError(f"split {split!r} of data set {name!r} is empty (data.split)")
-    return files
+    # The metadata may be read elsewhere than the shards lie.
+    return [
+        dataclasses.replace(file, filename=os.fspath(folder / Path(file.filename).name))
+        for file in files
+    ]
 
 
 def _feature_names(info: Any, name: str) -> tuple[str, str]:

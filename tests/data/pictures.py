@@ -96,6 +96,6 @@ def _with_label(record: bytes, label: int) -> bytes:
     return example.SerializeToString()
 
 
-def images_of(root: Path, source: str = "pets", **fields: Any) -> Any:
+def images_of(root: Path | str, source: str = "pets", **fields: Any) -> Any:
     """The source of a data set below `root`, of 8 x 8 images."""
     return load_images(DataConfig(source=source, data_dir=str(root), **fields), image_size=8)
