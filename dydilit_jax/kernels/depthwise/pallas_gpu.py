@@ -392,7 +392,7 @@ def fetch_taps(taps: Ref, into: Ref, loaded: Ref, place: Place) -> Row:
 
 def clear(lines: Ref) -> None:
     """Zeros in every pixel of shared memory (rows, pixels, CHANNELS)."""
-    rows, pixels, _ = lines.shape
+    rows, pixels = lines.shape[:2]
 
     @pl.loop(0, rows * pixels)
     def clear_pixel(index: jax.Array) -> None:

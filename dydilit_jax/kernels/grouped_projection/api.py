@@ -152,7 +152,7 @@ def load_backend(name: str) -> Backend:
 
 
 def _default(
-    x: jax.Array, bank: jax.Array, sharding: CoreSharding | None, prefer: str | None
+    x: jax.Array, bank: jax.Array, sharding: CoreSharding | None, prefer: str | None = None
 ) -> str | None:
     """Return the implementation for None; None again to let the platform of the lowering decide.
 
