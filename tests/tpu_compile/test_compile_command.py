@@ -174,8 +174,8 @@ def test_the_decoder_is_compiled_for_one_hosts_devices(monkeypatch):
     assert program.fits
     assert program.collectives == ()
     assert program.roofline is not None
-    # The compiler's program against what the function asks for.
-    assert 0.95 < program.roofline.flops * 4 / program.model_flops < 1.05
+    # Of 3 x 3 convolutions of 8 x 8 pixels the compiler leaves out what lies beyond the border.
+    assert (22 / 24) ** 2 < program.roofline.flops * 4 / program.model_flops < 1
     told = text(program)
     assert f"decoding by {KL} of 32 images, latents of 8 x 8 x 4 each" in told
     assert "50,000 images" in told
