@@ -17,9 +17,10 @@ from dydilit_jax.training.collectives import collectives
 from dydilit_jax.training.sharding import parameter_spec
 from tests.tiny import mesh_of
 
-BATCH, TOKENS, WIDTH, BANKS = 8, 40, 16, 3
+BATCH, TOKENS, WIDTH, BANKS = 8, 40, 32, 3
 # data, fsdp, tensor, sequence.
 MESHES = [(2, 4), (2, 2, 2), (1, 4, 1, 2), (8, 1)]
+NO_WHOLE_TILES = (1, 8)  # 4 rows of a bank a device
 
 
 def arrays():
@@ -52,7 +53,7 @@ def compiled(mesh):
         return step.lower(*arrays()).compile(), shardings
 
 
-@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("axes", [*MESHES, NO_WHOLE_TILES])
 def test_a_banks_gradient_is_the_sum_over_all_tokens(axes):
     """In float64: dW_j = sum over tokens i routed to j of p_ij x_i^T dy_i."""
     step, shardings = compiled(mesh_of(*axes))
@@ -92,3 +93,12 @@ def test_a_gathered_bank_is_not_kept_for_the_backward_pass():
     bank = arrays()[0]
     large = [each for each in shapes if np.prod(each) >= bank.size and each[0] != BATCH]
     assert large == [bank.shape]
+
+
+def test_parts_of_no_whole_tiles_are_summed_whole():
+    mesh = mesh_of(*NO_WHOLE_TILES)
+    module = hlo.parse(compiled(mesh)[0].as_text())
+    found = collectives(module, hlo.schedule(module), mesh.shape)
+    sent = {(each.kind, each.axes): each.bytes for each in found}
+    assert ("reduce-scatter", ("fsdp",)) not in sent
+    assert sent["all-reduce", ("fsdp",)] >= arrays()[0].nbytes
