@@ -87,9 +87,9 @@ def on_each_device(
     those, and would have every device compute all of them.
 
     What GATHERED names is gathered within where its parts are whole tiles, so that its gradient
-    leaves each device as the sum of its own part alone: the transpose of gathering is reduce-scatter, which sends half of what a sum
-    for all sends (ZeRO, arXiv 1910.02054; then `data` sums the parts). The whole is gathered again
-    for the backward pass, not kept.
+    leaves each device as the sum of its own part alone: the transpose of gathering is
+    reduce-scatter, which sends half of what a sum for all sends (ZeRO, arXiv 1910.02054; then
+    `data` sums the parts). The whole is gathered again for the backward pass, not kept.
 
     Args:
       function: of `arguments`, differentiable in reverse mode.
