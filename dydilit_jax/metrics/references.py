@@ -37,7 +37,7 @@ from dydilit_jax.metrics.frechet import Moments
 from dydilit_jax.metrics.npz import blocks, opened, shape_of, write_blocks
 from dydilit_jax.metrics.rows import KeptRows, Lookup
 from dydilit_jax.metrics.scoring import Scorer, add_images
-from dydilit_jax.metrics.statistics import Reference
+from dydilit_jax.metrics.statistics import Reference, check_name
 
 ROWS_AT_ONCE = 2048
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -76,6 +76,8 @@ def read_reference(
             name: str(file[name]) if name in names else ""
             for name in ("extractor", "extractor_checksum", "description")
         }
+        if texts["extractor"]:  # Said before what follows from it, other numbers of features.
+            check_name(texts["extractor"], extractor)
         count = int(file["count"]) if "count" in names else 0
         shape = _image_shape(file)
         pool = _moments(file, path, "pool", extractor.width, count)

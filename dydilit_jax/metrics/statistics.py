@@ -20,6 +20,14 @@ class Statistics(NamedTuple):
     spatial: Moments | None
 
 
+def check_name(name: str, extractor: FeatureSpace) -> None:
+    """Raises UserError where a reference's features are of another network than the extractor."""
+    if name != extractor.name:
+        raise UserError(
+            f"the reference holds features of {name}, the samples are seen by {extractor.name}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """What samples are compared with.
@@ -50,11 +58,7 @@ class Reference:
 
     def check(self, extractor: FeatureSpace) -> None:
         """Raises UserError where another extractor made the features."""
-        name = self.extractor or INCEPTION
-        if name != extractor.name:
-            raise UserError(
-                f"the reference holds features of {name}, the samples are seen by {extractor.name}"
-            )
+        check_name(self.extractor or INCEPTION, extractor)
         if self.extractor_checksum not in ("", extractor.checksum):
             raise UserError(
                 f"the reference's features are of weights {self.extractor_checksum}, the samples' "
