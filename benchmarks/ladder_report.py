@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def rows_of(results: list[dict], task: str, budget: str) -> Rows:
     }
 
 
-def variants_of(rows: Rows) -> list[str]:
+def variants_of(rows: Collection[tuple[str, int]]) -> list[str]:
     """Variants that have rows, from the ladder's foot to its top."""
     return [name for name in ALL_VARIANTS if any(name == variant for variant, _ in rows)]
 
@@ -167,7 +167,7 @@ def table(rows: Rows, references: Sequence[str], costs: dict[str, float]) -> str
     return "\n".join(lines)
 
 
-def curve_table(rows: Rows, reference: str) -> str:
+def curve_table(rows: Mapping[tuple[str, int], Mapping[str, Any]], reference: str) -> str:
     """In markdown, by the steps that all runs were measured at: loss minus the reference's."""
     curves = {key: {int(k): v for k, v in row["curve"].items()} for key, row in rows.items()}
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
