@@ -332,7 +332,7 @@ def test_dinov2_scores_bear_its_name(evaluate, command, tmp_path):
     inverted, _ = evaluate(*asked, *dinov2, "--scores=frechet")
     assert inverted["scores"]["dinov2_frechet"] > 0.1
     for arguments, message in (
-        (["--features=pixels"], "holds features of dinov2, the samples are seen by pixels"),
+        (["--features=pixels"], "holds features of dinov2, the samples are seen by pixel"),
         ([*dinov2, "--variant=transformers"], "positions as dgm_eval"),
         (["--features=dinov2", f"--weights={fixtures}/swiglu"], "features are of weights"),
     ):
