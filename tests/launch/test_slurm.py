@@ -304,7 +304,7 @@ def test_a_sweep_outlives_its_driver_and_a_preemption(launcher):
     saved = checkpointed(long)
     assert 10 <= saved < LONG
     launcher.wait(job, folder, f"{number}_0", "FINISHED")
-    before = (workdir / "short" / "metrics.jsonl").stat()
+    before = (workdir / "short" / "metrics.jsonl").stat().st_mtime_ns
 
     file.write_text(SWEEP_FILE + ONE_MORE)
     second = subprocess.run(command, **how, capture_output=True)
@@ -315,7 +315,7 @@ def test_a_sweep_outlives_its_driver_and_a_preemption(launcher):
     assert "3 runs: 3 finished" in told
     record = json.loads((folder / "submissions.json").read_text())
     assert [each["runs"] for each in record["submissions"]] == [["short", "long"], ["more"]]
-    assert (workdir / "short" / "metrics.jsonl").stat() == before
+    assert (workdir / "short" / "metrics.jsonl").stat().st_mtime_ns == before
     said = launcher("logs", f"--job={job}", f"--folder={folder}", "--task=1")
     assert f"stopped at step {saved} of {LONG}" in said
     assert said.count(f"resumed from {long} at step {saved}\n") == 1
