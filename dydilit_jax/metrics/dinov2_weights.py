@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dydilit_jax.autoencoders.weights import HubWeights, fetch, sha256_of
+from dydilit_jax.autoencoders.weights import HubWeights, fetch
 from dydilit_jax.errors import UserError, unknown_name
 from dydilit_jax.metrics.dinov2 import Dinov2, Dinov2Config, Dinov2Extractor
+from dydilit_jax.metrics.weights import check_tensors, checked
 from dydilit_jax.models.pretrained.files import (
     CONFIG_FILE,
     OWN_FILE,
     find_weights,
-    listed,
     read_config,
     read_tensors,
 )
@@ -134,13 +134,7 @@ def locate(weights: str, sha256: str = "") -> tuple[Path, str]:
             )
         file = fetch(KNOWN[name], KNOWN[name].revision)
         wanted = wanted or KNOWN[name].sha256
-    found = sha256_of(file)
-    if wanted and found != wanted:
-        raise UserError(
-            f"{str(file)!r} has the checksum {found}, expected {wanted}: it is damaged or other "
-            "weights; fetch it again"
-        )
-    return file, found
+    return file, checked(file, wanted)
 
 
 def config_from(fields: dict[str, Any], source: str) -> Dinov2Config:
@@ -245,16 +239,5 @@ def _check(
         elif path[-1] == "kernel":
             own = own[::-1]
         expected |= dict.fromkeys(_names(path, config), own)
-    missing = sorted(expected.keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - expected.keys() - {UNUSED})
-    misshapen = sorted(
-        f"{name} {tensors[name].shape} for {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    )
-    for what, names in (("lacks", missing), ("has too much:", surplus), ("has", misshapen)):
-        if names:
-            raise UserError(
-                f"{source} {what} {listed(names)}: expected what its {CONFIG_FILE} says, in the "
-                "layout of transformers' Dinov2Model"
-            )
+    wanted = f"what its {CONFIG_FILE} says, in the layout of transformers' Dinov2Model"
+    check_tensors(tensors, expected, source, wanted, (UNUSED,))

@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dydilit_jax.errors import UserError
 from dydilit_jax.metrics.inception import Inception, InceptionExtractor
-from dydilit_jax.metrics.weights import PublishedFile, locate
-from dydilit_jax.models.pretrained.files import listed, read_tensors
+from dydilit_jax.metrics.weights import PublishedFile, check_tensors, locate
+from dydilit_jax.models.pretrained.files import read_tensors
 from dydilit_jax.models.pretrained.layouts import Tensors
 
 EPSILON = 0.001
@@ -88,16 +87,5 @@ def _check(tensors: Tensors, shapes: dict[tuple[str, ...], tuple[int, ...]], sou
             height, width, channels, features = shape
             expected[f"{module}.conv.weight"] = (features, channels, height, width)
             expected |= {f"{module}.bn.{name}": (features,) for name in NORMALISATION}
-    missing = sorted(expected.keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - expected.keys())
-    misshapen = sorted(
-        f"{name} {tensors[name].shape} for {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    )
-    for what, names in (("lacks", missing), ("has too much:", surplus), ("has", misshapen)):
-        if names:
-            raise UserError(
-                f"{source} {what} {listed(names)}: expected the Inception network of 2015, as "
-                "pytorch-fid has it (torchvision's own is another)"
-            )
+    wanted = "the Inception network of 2015, as pytorch-fid has it (torchvision's own is another)"
+    check_tensors(tensors, expected, source, wanted)

@@ -6,11 +6,13 @@ import dataclasses
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dydilit_jax.autoencoders.weights import sha256_of
 from dydilit_jax.errors import UserError
-from dydilit_jax.models.pretrained.files import TORCH_SUFFIXES
+from dydilit_jax.models.pretrained.files import TORCH_SUFFIXES, listed
+from dydilit_jax.models.pretrained.layouts import Tensors
 
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 
@@ -56,13 +58,57 @@ def locate(weights: str, published: PublishedFile | None, sha256: str = "") -> t
         path = cache_folder() / published.names[0]
         if not path.is_file():
             _fetch(published, path)
+    return path, checked(path, wanted)
+
+
+def checked(path: Path, wanted: str) -> str:
+    """The checksum of a file of weights.
+
+    Args:
+      path: the file.
+      wanted: checksum that it must have, in lower case; empty for any.
+
+    Raises:
+      UserError: it has another one.
+    """
     found = sha256_of(path)
     if wanted and found != wanted:
         raise UserError(
             f"{str(path)!r} has the checksum {found}, expected {wanted}: it is damaged or other "
             "weights; fetch it again"
         )
-    return path, found
+    return found
+
+
+def check_tensors(
+    tensors: Tensors,
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+    wanted: str,
+    unused: Collection[str] = (),
+) -> None:
+    """Looks for tensors that are not those of a network.
+
+    Args:
+      tensors: of a file.
+      expected: shapes by name.
+      source: of the tensors, for the message.
+      wanted: what was expected, for the message.
+      unused: names that may be there as well.
+
+    Raises:
+      UserError: tensors that are missing, too much or misshapen; names them.
+    """
+    missing = sorted(expected.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - expected.keys() - set(unused))
+    misshapen = sorted(
+        f"{name} {tensors[name].shape} for {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    )
+    for what, names in (("lacks", missing), ("has too much:", surplus), ("has", misshapen)):
+        if names:
+            raise UserError(f"{source} {what} {listed(names)}: expected {wanted}")
 
 
 def _in_folder(path: Path, published: PublishedFile | None) -> Path:
