@@ -145,6 +145,7 @@ def _radii(rows: Blocks, columns: Blocks, programs: _Programs, neighbours: int) 
     for block in rows:
         best = rows.full((neighbours + 1,), np.inf, np.float32)
         for others in columns:
+            best.block_until_ready()  # Else all blocks would wait in memory for their turn.
             best = programs.nearest(block, others, best)
         radii.append(rows.own(best)[:, neighbours])
     return np.concatenate(radii)[: len(rows.rows)]
@@ -156,6 +157,7 @@ def _share_inside(rows: Blocks, columns: Blocks, programs: _Programs) -> float:
     for block in rows:
         found = rows.full((), False, np.bool_)
         for others in columns:
+            found.block_until_ready()
             found = programs.inside(block, others, found)
         count += int(np.sum(rows.own(found) & (rows.own(block.place) >= 0)))
     return float(gather(np.array(count)).sum() / rows.total)

@@ -136,7 +136,8 @@ class Lookup:
         self.rows, self.mesh = rows, mesh
         step = max(1, FILE_BYTES // (4 * rows.width))
         with raised_together():
-            blocks = [rows.read(i, i + step)["index"] for i in range(0, len(rows), step)]
+            # Copied: a field of the records would keep all of them.
+            blocks = [rows.read(i, i + step)["index"].copy() for i in range(0, len(rows), step)]
         own = np.concatenate([np.empty(0, np.int64), *blocks])
         counts = gather(np.array(len(rows)))
         padded = np.full(int(counts.max()), -1, np.int64)
