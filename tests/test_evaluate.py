@@ -186,11 +186,15 @@ def test_terminated_and_killed_it_goes_on_and_ends_with_the_same_scores(
     arguments = [*drawn, f"--out={out}", f"--save_npz={npz}"]
     states = tmp_path / "scores.json.unfinished" / "sums"
 
+    def whole_states():
+        # A state that is still being written has its step and a suffix for a name.
+        return {path for path in states.glob("*") if path.name.isdigit()}
+
     def wait_for_state(process, after):
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
-            if states.is_dir() and (there := set(states.iterdir()) - after):
-                return there
+            if whole_states() - after:
+                return
             time.sleep(0.01)
         raise AssertionError(process.communicate())
 
@@ -202,7 +206,7 @@ def test_terminated_and_killed_it_goes_on_and_ends_with_the_same_scores(
     assert "of 480 images; run again to go on" in output
     stopped = int(output.split("stopped at ")[1].split()[0])
     with start(*arguments) as process:
-        wait_for_state(process, set(states.iterdir()))
+        wait_for_state(process, whole_states())
         process.kill()
         output, _ = process.communicate(timeout=PATIENCE)
     assert f"{stopped} of 480 images are scored already" in output
