@@ -63,6 +63,15 @@ def shape_bytes(text: str) -> int:
     return total
 
 
+def wraps_kernel(hlo: str, instruction: str) -> bool:
+    """Whether it is a fusion of a custom call with what only slices its operands or results."""
+    called = re.search(r"\bcalls=(%[\w.-]+)", instruction)
+    if called is None:
+        return False
+    body = hlo[hlo.index(f"\n{called[1]} (") :]
+    return " custom-call(" in body[: body.index("\n}")]
+
+
 def moved_bytes(hlo: str) -> tuple[int, dict[str, int]]:
     """Bytes of operands and results of the entry's instructions, and by opcode.
 
@@ -90,7 +99,7 @@ def moved_bytes(hlo: str) -> tuple[int, dict[str, int]]:
         size += sum(shape_bytes(results[x]) for x in re.findall(r"%[\w.-]+", operands))
         if opcode == "copy-start":  # its result names the destination, the source and a flag
             size = 2 * size // 3
-        kind = opcode.removesuffix("-start")
+        kind = "custom-call" if wraps_kernel(hlo, rest) else opcode.removesuffix("-start")
         by_opcode[kind] = by_opcode.get(kind, 0) + size
     return sum(by_opcode.values()), by_opcode
 
@@ -98,8 +107,8 @@ def moved_bytes(hlo: str) -> tuple[int, dict[str, int]]:
 def arrays_on(
     device: Any, batch: int, tokens: int, heads: int, width: int, differential: bool
 ) -> dict[str, Any]:
-    """Shapes of the core's arrays, placed on a device that need not exist."""
-    sharding = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+    """Shapes of the core's arrays, placed on a device that need not exist, or (None) nowhere."""
+    sharding = None if device is None else NamedSharding(Mesh([device], ("x",)), PartitionSpec())
     D, n = heads * width, 9
 
     def shape(*dimensions: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -4,14 +4,14 @@
 
 Needs neither a GPU nor its compiler: nothing is compiled and nothing is run. The unit is
 X = B H N d 2 bytes, one bfloat16 activation. Counted are the operands and results of every Mosaic
-GPU kernel in the lowered program of `pallas_gpu.all_heads`, forward, and backward as a function of
-what forward saves, and those of XLA's operations between them on arrays of all tokens and channels,
-such as padding, as if none was fused. What a kernel reads again is counted once (programs that
-share a head's tokens run side by side, and are served by the L2 cache).
+GPU kernel in the lowered programs of the whole core, forward, and backward as a function of what
+forward saves, and those of XLA's operations between them on arrays of all tokens and channels, such
+as padding, as if none was fused. What a kernel reads again is counted once (programs that share a
+head's tokens run side by side, and are served by the L2 cache).
 
-Not part of these programs: XLA's passes that compute the tokens' scalars from Q, Q', K and K'. With
-`--gpu_target FILE`, a GPU's description as XLA writes it, and jax[cuda12] installed, the whole core
-is compiled for that GPU, which need not be there, and counted, kernels and XLA's fusions apart.
+With `--gpu_target FILE`, a GPU's description as XLA writes it, and jax[cuda12] installed, the whole
+core is also compiled for that GPU, which need not be there, and counted, kernels and what XLA makes
+apart.
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 from jax._src.mesh import AbstractDevice, AbstractMesh
 from jax.experimental import topologies
 
 from benchmarks import hbm_bytes
-from benchmarks.attention import dydila
-from dydilit_jax.kernels.dydila.pallas_gpu import all_heads
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import Core
+from benchmarks.attention import Attention, dydila, relu
 from dydilit_jax.kernels.platform import tracing_for
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,48 +44,40 @@ FREE = ("reshape", "constant", "iota")
 KINDS = ("activations", "state", "scalars", "around the kernels")
 
 
-def lowered(core: Core, batch: int, tokens: int, *, multiprocessors: int = 132) -> dict[str, str]:
-    """StableHLO for CUDA of the forward and the backward program of one core.
+def lowered(
+    attend: Attention, arrays: dict[str, Any], *, multiprocessors: int = 132
+) -> dict[str, str]:
+    """StableHLO for CUDA of the forward and the backward program of a core.
 
     Args:
-      core: static part; `differential` says whether there are Q' and K'.
-      batch, tokens: B and N.
+      attend: of a dict of arrays.
+      arrays: their shapes.
       multiprocessors: of the GPU that newer JAX wants to know.
     """
-    x = jax.ShapeDtypeStruct((batch, tokens, core.heads * core.width), jnp.bfloat16)
-    rows = jax.ShapeDtypeStruct((batch, 1, core.rows, tokens), jnp.float32)
-    side = (x,) * (1 + core.differential)
-    arguments = (side, side, x, rows, rows)
-
-    def saving(*arguments: Any) -> Any:
-        return jax.vjp(lambda *arrays: all_heads(core, *arrays)[0], *arguments)
-
-    def backward(residuals: Any, d_output: jax.Array) -> Any:
-        return residuals(d_output)
-
-    output, residuals = jax.eval_shape(saving, *arguments)
-    programs = {"forward": (saving, arguments), "backward": (backward, (residuals, output))}
     gpu = AbstractDevice("NVIDIA H200", multiprocessors, "gpu")
     scope: Any = contextlib.nullcontext()
     if jax.__version_info__ >= (0, 11):
         scope = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu))
-    with scope:
-        return {
-            name: jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-            for name, (function, given) in programs.items()
-        }
+    texts = {}
+    with scope, tracing_for("gpu"):
+        programs = hbm_bytes.programs(attend, arrays)
+        for name in ("forward", "backward"):
+            function, given = programs[name]
+            traced = jax.jit(function).trace(*given)
+            texts[name] = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return texts
 
 
-def kind_of(shape: tuple[int, ...], core: Core, batch: int, tokens: int) -> str:
+def kind_of(shape: tuple[int, ...], batch: int, tokens: int, heads: int, width: int) -> str:
     """What an array is: of all tokens and channels, a head's d x d or d, or scalars of tokens."""
-    if shape[:1] == (batch,) and math.prod(shape[1:]) >= tokens * core.heads * core.width:
+    if shape[:1] == (batch,) and math.prod(shape[1:]) >= tokens * heads * width:
         return "activations"
-    if shape[:1] == (batch * core.heads,) and core.width <= shape[-1] < 2 * core.width + 64:
+    if shape[:1] == (batch * heads,) and width <= shape[-1] < 2 * width + 64:
         return "state"
     return "scalars"
 
 
-def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int]:
+def moved_bytes(text: str, batch: int, tokens: int, heads: int, width: int) -> dict[str, int]:
     """Bytes of the kernels' operands and results by kind, and of what XLA does around them."""
     functions: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -117,7 +106,7 @@ def moved_bytes(text: str, core: Core, batch: int, tokens: int) -> dict[str, int
                 types *= operands + 1
             for sizes, item in TENSOR.findall(types):
                 shape = tuple(int(size) for size in sizes.split("x") if size)
-                kind = kind_of(shape, core, batch, tokens)
+                kind = kind_of(shape, batch, tokens, heads, width)
                 size = ITEM_BYTES[item] * math.prod(shape)
                 if kernel:
                     total[kind] += size
@@ -175,11 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tokens in options.tokens:
             heads, batch = options.model_width // width, options.batch_tokens // tokens
             unit = 2 * batch * tokens * heads * width
-            for row, parts in (("DyDiLA", True), ("relu core", False)):
-                core = Core(heads, width, tokens, "base", parts, parts, 1e-6)
+            shape = batch, tokens, heads, width
+            rows = {"DyDiLA": dydila("pallas_gpu", heads), "relu core": relu(heads, "pallas_gpu")}
+            for row, attend in rows.items():
+                arrays = hbm_bytes.arrays_on(None, *shape, row == "DyDiLA")
                 print(f"d {width} N {tokens} {row}, units X of kernel operands and results:")
-                for name, text in lowered(core, batch, tokens).items():
-                    moved = moved_bytes(text, core, batch, tokens)
+                for name, text in lowered(attend, arrays).items():
+                    moved = moved_bytes(text, *shape)
                     units = {kind: size / unit for kind, size in moved.items()}
                     parts_of = ", ".join(f"{x:.2f} {kind}" for kind, x in units.items())
                     print(f"  {name:<10}{sum(units.values()):6.2f}: {parts_of}")
@@ -189,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     )
             if options.gpu_target is not None:
                 target = options.gpu_target.read_text()
-                for name, units in compiled(target, batch, tokens, heads, width).items():
+                for name, units in compiled(target, *shape).items():
                     parts_of = ", ".join(f"{x:.2f} {kind}" for kind, x in units.items())
                     print(f"  compiled whole, {name:<20}{sum(units.values()):7.2f}: {parts_of}")
                     cases.append(

@@ -42,6 +42,11 @@ class CoreSharding:
         """Parts that N is split into."""
         return self.mesh.shape[self.sequence] if self.sequence else 1
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes that B or N is split over."""
+        return self.batch if self.sequence is None else (*self.batch, self.sequence)
+
     def spec(self, name_of_rank: str) -> P:
         """Partition of an array whose dimensions are named by letters: b, n, any other is whole."""
         axes = {"b": self.batch or None, "n": self.sequence}

@@ -23,7 +23,8 @@ from tests.kernels.test_depthwise import (
     make_inputs,
     value_and_vjp,
 )
-from tests.kernels.test_dydila_gpu import cuda, gpu_interpreter, interpreted
+from tests.kernels.test_dydila_gpu import gpu_interpreter, interpreted
+from tests.kernels.test_dydila_gpu_lowered import cuda
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ from dydilit_jax.kernels import platform
 from dydilit_jax.kernels.grouped_projection import gpu_kernels, pallas_gpu
 from dydilit_jax.kernels.grouped_projection.api import grouped_projection
 from dydilit_jax.kernels.platform import tracing_for
-from tests.kernels.test_dydila_gpu import cuda, gpu_interpreter, interpreted
+from tests.kernels.test_dydila_gpu import gpu_interpreter, interpreted
+from tests.kernels.test_dydila_gpu_lowered import cuda
 from tests.kernels.test_grouped_projection import (
     Case,
     assert_as_exact_as_dense,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
+from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     BLOCK,
     PROGRAMS,
     Core,
@@ -61,6 +61,20 @@ class Cut:
         """Zero. Where blocks overhang Mosaic must not see that: it would have the TMA unit tile."""
         head = lax.axis_index("head")
         return lax.min(head, jnp.int32(0)) if self.overhangs else head * 0
+
+    @property
+    def pieces(self) -> list[Any]:
+        """Spans of channels, few enough that registers hold what a gradient needs of them.
+
+        They are whole tiles of shared memory, whose width has to divide the block's.
+        """
+        size = 16 if self.channels % 32 else 32
+        return [pl.ds(first, size) for first in range(0, self.channels, size)]
+
+    @property
+    def no_sums(self) -> tuple[jax.Array, ...]:
+        """Zeros for sums of each channel, in pieces."""
+        return tuple(jnp.zeros((piece.size,), jnp.float32) for piece in self.pieces)
 
     @property
     def halves(self) -> int:
@@ -165,18 +179,24 @@ class Stream:
         plgpu.barrier_wait(self.ready.at[slot])
         return slot
 
-    def read(self, array: int, slot: jax.Array) -> jax.Array:
-        """A block (64, channels)."""
-        return load(self.blocks.at[array, slot], optimized=not self.cut.overhangs)
+    def read(self, array: int, slot: jax.Array, piece: Any = None) -> jax.Array:
+        """A block (64, channels), or a piece of it."""
+        block = self.blocks.at[array, slot]
+        block = block if piece is None else block.at[:, piece]
+        return load(block, optimized=not self.cut.overhangs)
 
-    def features(self, core: Core, slot: jax.Array, rows: Any) -> Features:
-        """Of the first arrays, Z and perhaps Z'."""
-        blocks = [self.read(i, slot) for i in range(1 + core.differential)]
-        return Features.of(core, blocks, rows.at[slot])
+    def features(
+        self, core: Core, slot: jax.Array, rows: Any, piece: Any, through_norms: Any = None
+    ) -> Features:
+        """Of a piece of the first arrays, Z and perhaps Z'."""
+        blocks = [self.read(i, slot, piece) for i in range(1 + core.differential)]
+        factors = None if through_norms is None else through_norms.at[slot]
+        return Features.of(core, blocks, rows.at[slot], factors)
 
-    def write(self, array: int, slot: jax.Array, values: jax.Array) -> None:
-        """Puts values (64, channels) in an array's block; `send` copies it to memory."""
-        self.blocks[array, slot] = values.astype(jnp.bfloat16)
+    def write(self, array: int, slot: jax.Array, values: jax.Array, piece: Any = None) -> None:
+        """Puts values in an array's block, or a piece of it, which `send` copies to memory."""
+        piece = pl.ds(0, self.cut.channels) if piece is None else piece
+        self.blocks[array, slot, :, piece] = values.astype(jnp.bfloat16)
 
     def send(self, array: int, slot: jax.Array, to: Any, step: jax.Array) -> None:
         """Copies a block to its place in an array (B, N, H, d)."""
@@ -202,65 +222,106 @@ def scalars_of(scalars: Any, heads: int) -> Callable[[Any], Any]:
 
 
 class State:
-    """Sums over a program's tokens: F^T Y and one row of channels.
+    """Sums over a program's tokens of F^T Y, for one or more F that share a Y.
 
     Args:
       cut: how the arrays are cut.
-      sums: accumulators of 64 rows each.
-      features, values: shared memory for F (64, 64 halves) and Y (64, channels).
+      sums: for each F, accumulators of 64 rows each.
+      features: for each F, shared memory (64, 64 halves).
+      values: shared memory for Y (64, columns), or None where `add` is given one.
     """
 
-    def __init__(self, cut: Cut, sums: Sequence[Any], features: Any, values: Any) -> None:
+    def __init__(
+        self, cut: Cut, sums: Sequence[Sequence[Any]], features: Sequence[Any], values: Any = None
+    ) -> None:
         self.cut, self.sums, self.features, self.values = cut, sums, features, values
         if cut.channels < BLOCK * cut.halves:  # its last columns are multiplied, and cut off
-            features[...] = jnp.zeros(features.shape, jnp.bfloat16)
+            for each in features:
+                each[...] = jnp.zeros(each.shape, jnp.bfloat16)
 
     @staticmethod
     def while_summing(cut: Cut, body: Callable[[State], Any]) -> Any:
-        """Calls a function of a new State, whose shared memory is free again afterwards."""
+        """Calls a function of a new State of one F and a Y of all channels.
+
+        Its shared memory is free again afterwards.
+        """
 
         def with_memory(features: Any, values: Any) -> Any:
             sums = [plgpu.ACC((BLOCK, cut.channels), jnp.float32)] * cut.halves
-            return pl.run_scoped(lambda *sums: body(State(cut, sums, features, values)), *sums)
+            return pl.run_scoped(lambda *sums: body(State(cut, [sums], [features], values)), *sums)
 
         return pl.run_scoped(
             with_memory, cut.operand(BLOCK * cut.halves), cut.operand(cut.channels)
         )
 
-    def add(self, features: jax.Array) -> None:
-        """Adds F^T Y, with Y as it is in `values`; wait for wgmma before writing to either."""
-        self.features[:, pl.ds(0, self.cut.channels)] = features.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        for half, sums in enumerate(self.sums):
-            rows = self.features.at[:, pl.ds(half * BLOCK, BLOCK)]
-            plgpu.wgmma(sums, rows.transpose((1, 0)), self.values)
+    @staticmethod
+    def while_summing_each(cut: Cut, count: int, columns: int, body: Callable[[State], Any]) -> Any:
+        """Likewise, of several F and a Y of some columns, which `add` is given."""
 
-    def results(self) -> list[jax.Array]:
-        """The sums, (64, channels) each."""
-        return [sums[...] for sums in self.sums]
+        def with_memory(*features: Any) -> Any:
+            def with_sums(*sums: Any) -> Any:
+                each = [sums[i * cut.halves : (i + 1) * cut.halves] for i in range(count)]
+                return body(State(cut, each, features))
+
+            accumulators = [plgpu.ACC((BLOCK, columns), jnp.float32)] * (count * cut.halves)
+            return pl.run_scoped(with_sums, *accumulators)
+
+        return pl.run_scoped(with_memory, *[cut.operand(BLOCK * cut.halves)] * count)
+
+    def put(self, features: jax.Array, piece: Any, which: int = 0) -> None:
+        """Writes a piece of an F to memory."""
+        self.features[which][:, piece] = features.astype(jnp.bfloat16)
+
+    def add(self, values: Any = None) -> None:
+        """Adds F^T Y, as they are in memory; wait for wgmma before writing to either."""
+        values = self.values if values is None else values
+        plgpu.commit_smem()
+        for each, halves in zip(self.features, self.sums, strict=True):
+            for half, sums in enumerate(halves):
+                rows = each.at[:, pl.ds(half * BLOCK, BLOCK)]
+                plgpu.wgmma(sums, rows.transpose((1, 0)), values)
+
+    def results(self, which: int = 0) -> list[jax.Array]:
+        """The sums of an F, (64, columns) each."""
+        return [sums[...] for sums in self.sums[which]]
+
+
+def write_sums(halves: Sequence[jax.Array], reference: Any) -> None:
+    """Writes sums, (64, columns) each, to rows of a reference (rows, columns), cut off there."""
+    zero = lax.axis_index("head") * 0
+    plgpu.wait_smem_to_gmem(0)  # every warp's products have read what m_s takes the place of
+    columns = halves[0].shape[1]
+
+    def write(m_s: Any) -> None:
+        for half, values in enumerate(halves):
+            m_s[...] = values
+            plgpu.commit_smem()
+            rows = pl.ds(zero + half * BLOCK, BLOCK)
+            plgpu.copy_smem_to_gmem(m_s, reference.at[rows, pl.ds(zero, columns)])
+            plgpu.wait_smem_to_gmem(0)
+
+    pl.run_scoped(write, plgpu.SMEM((BLOCK, columns), jnp.float32))
 
 
 def write_state(
-    cut: Cut, sums: Sequence[jax.Array], row: jax.Array | None, m_ref: Any, z_ref: Any, z_s: Any
+    cut: Cut,
+    sums: Sequence[jax.Array],
+    row: Sequence[jax.Array],
+    m_ref: Any,
+    z_ref: Any,
+    z_s: Any,
 ) -> None:
-    """Writes a program's sums to (B H, programs, channels, channels) and (B H, programs, d)."""
+    """Writes a program's sums to (B H, programs, channels, channels) and (B H, programs, d).
+
+    The row is in pieces; without any, nothing is written.
+    """
     head, chunk = lax.axis_index("head"), lax.axis_index("chunk")
-    zero = head * 0
-    plgpu.wait_smem_to_gmem(0)  # every warp's products have read what m_s takes the place of
-
-    def write(m_s: Any) -> None:
-        for half, values in enumerate(sums):
-            m_s[...] = values
-            plgpu.commit_smem()
-            rows, columns = pl.ds(zero + half * BLOCK, BLOCK), pl.ds(zero, cut.channels)
-            plgpu.copy_smem_to_gmem(m_s, m_ref.at[head, chunk, rows, columns])
-            plgpu.wait_smem_to_gmem(0)
-
-    pl.run_scoped(write, plgpu.SMEM((BLOCK, cut.channels), jnp.float32))
-    if row is not None:
-        z_s[...] = row
+    write_sums(sums, m_ref.at[head, chunk])
+    if row:
+        for piece, values in zip(cut.pieces, row, strict=True):
+            z_s[piece] = values
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(z_s, z_ref.at[head, chunk, pl.ds(zero, cut.channels)])
+        plgpu.copy_smem_to_gmem(z_s, z_ref.at[head, chunk, pl.ds(head * 0, cut.channels)])
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -304,3 +365,16 @@ def total(core: Core, m: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]
     """Sums over programs; zero beyond the head's width, where phi of zeros is not quite zero."""
     rows, channels = (jnp.arange(x.shape[2]) < core.width for x in (m, z))
     return jnp.where(rows[:, None], m.sum(axis=1), 0.0), jnp.where(channels, z.sum(axis=1), 0.0)
+
+
+def write_rows(rows: Sequence[jax.Array], rows_s: Any, reference: Any, span: Any) -> None:
+    """Writes scalars of a block's tokens to (B H, rows, covered)."""
+    for row, values in enumerate(rows):
+        rows_s[row] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(rows_s, reference.at[lax.axis_index("head"), :, span])
+
+
+def added(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    """Sums of the rows that pieces of channels have parts of."""
+    return [sum(parts[1:], parts[0]) for parts in zip(*rows, strict=True)]

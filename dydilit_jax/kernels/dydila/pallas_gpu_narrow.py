@@ -1,14 +1,19 @@
-"""The DyDiLA core's Mosaic GPU kernels for narrow heads, at 6 activations forward, 11 backward.
+"""The DyDiLA core's Mosaic GPU kernels for heads of up to 128 channels.
 
-The sums of pallas_gpu_kernels.py, of which a program here holds all d channels of a head, so that
+The sums of pallas_gpu_features.py, of which a program here holds all d channels of a head, so that
 whatever reads the same tokens is one kernel:
 
-    state            sum_i Kd_i^T V_i, sum_i phi(K_i)                      reads K, K', V
-    apply            O_i = Qd_i M / den_i                                  Q, Q'; writes O
-    query_gradients  dQ, dQ', sum_i Qd_i^T dO_i / den_i, and that for dz   Q, Q', dO
-    key_gradients    dK, dK', dV_i = Kd_i dM                               K, K', V
+    state            sum_i Kd_i^T V_i, sum_i phi(K_i)                         reads K, K', V
+    apply            O_i = Qd_i M / den_i                                     Q, Q'; writes O
+    query_sums       sum_i Qd_i^T dO_i / den_i, that for dz, gradients of c   Q, Q', dO
+                     and lambda
+    key_sums         gradients of c and lambda                                K, K', V
+    token_gradients  dQ, dQ'                                                  Q, Q', dO
+                     dK, dK', dV_i = Kd_i dM                                  K, K', V
 
-The last two (pallas_gpu_narrow_backward.py) know M, z and den from the forward pass.
+The last three (pallas_gpu_narrow_backward.py, pallas_gpu_narrow_tokens.py) know M, z and den from
+the forward pass. A core of one pass has no gradients of c and lambda that other heads wait for:
+query_sums writes its dQ.
 """
 
 from __future__ import annotations
@@ -34,11 +39,12 @@ from dydilit_jax.kernels.dydila.pallas_gpu_blocks import (
     total,
     write_state,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
+from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     BLOCK,
     Core,
     columns_to_block,
     guarded,
+    rounded,
     rows_to_block,
 )
 
@@ -70,32 +76,34 @@ def state(
     """
     cut, sides = Cut.of(value), len(tokens)
 
-    def kernel(*references: Any) -> None:
+    def dydila_gpu_state(*references: Any) -> None:
         sources, rest = references[: sides + 1], references[sides + 1 :]
         scalars_ref, m_ref, z_ref, blocks_s, rows_s, z_s, ready = rest
         rows = [(scalars_of(scalars_ref, core.heads), rows_s)]
         stream = Stream(cut, sources, rows, blocks_s, ready)
 
-        def accumulate(sums: State) -> tuple[list[jax.Array], jax.Array]:
-            def body(step: jax.Array, z: jax.Array) -> jax.Array:
+        def accumulate(sums: State) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+            def body(step: jax.Array, z: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot = stream.step(step)
-                difference, base = stream.features(core, slot, rows_s).values()
                 sums.values[...] = stream.read(sides, slot)
-                sums.add(difference)
-                summed = difference if core.normalizer == "signed" else base
-                summed = summed.astype(jnp.bfloat16).astype(jnp.float32)
+                more = []
+                for piece in cut.pieces:
+                    difference, base = stream.features(core, slot, rows_s, piece).values()
+                    sums.put(difference, piece)
+                    summed = difference if core.normalizer == "signed" else base
+                    more.append(jnp.sum(rounded(summed), axis=0))
+                sums.add()
                 plgpu.wgmma_wait(0)
-                return z + jnp.sum(summed, axis=0)
+                return tuple(a + b for a, b in zip(z, more, strict=True))
 
-            zeros = jnp.zeros((cut.channels,), jnp.float32)
-            z = lax.fori_loop(0, cut.steps, body, zeros)
+            z = lax.fori_loop(0, cut.steps, body, cut.no_sums)
             return sums.results(), z
 
         sums, z = State.while_summing(cut, accumulate)
         write_state(cut, sums, z, m_ref, z_ref, z_s)
 
     m, z = launch(
-        kernel,
+        dydila_gpu_state,
         core,
         cut,
         [*tokens, value, scalars],
@@ -128,7 +136,7 @@ def apply(
     cut, sides = Cut.of(tokens[0]), len(tokens)
     divided = core.normalizer != "none"
 
-    def kernel(*references: Any) -> None:
+    def dydila_gpu_apply(*references: Any) -> None:
         sources, (scalars_ref, m_ref, z_ref, output_ref, *rest) = (
             references[:sides],
             references[sides:],
@@ -143,14 +151,17 @@ def apply(
         @pl.loop(0, cut.steps)
         def _(step: jax.Array) -> None:
             slot = stream.step(step)
-            difference, base = stream.features(core, slot, rows_s).values()
-            features_s[...] = difference.astype(jnp.bfloat16)
+            den = jnp.zeros((BLOCK,), jnp.float32)
+            for piece in cut.pieces:
+                difference, base = stream.features(core, slot, rows_s, piece).values()
+                features_s[:, piece] = difference.astype(jnp.bfloat16)
+                summed = rounded(difference if core.normalizer == "signed" else base)
+                if divided:
+                    den = den + jnp.sum(summed * columns_to_block(z_s[piece]), axis=1)
             plgpu.commit_smem()
             output = product(features_s, m_s)
             if divided:
-                summed = difference if core.normalizer == "signed" else base
-                summed = summed.astype(jnp.bfloat16).astype(jnp.float32)
-                den = guarded(jnp.sum(summed * columns_to_block(z_s[...]), axis=1), core)
+                den = guarded(den, core)
                 output = output / rows_to_block(den, cut.channels)
                 den_s[...] = den
             stream.write(0, slot, output)
@@ -163,7 +174,7 @@ def apply(
 
     den_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, cut.covered), jnp.float32)
     output, *den = launch(
-        kernel,
+        dydila_gpu_apply,
         core,
         cut,
         [*tokens, scalars, m, z],

@@ -1,16 +1,18 @@
-"""The two kernels of a narrow head's backward pass (see pallas_gpu_narrow).
+"""The first pass backward over a narrow head's tokens (see pallas_gpu_narrow).
 
 With g = dO / den, F and phi recomputed, M, z and den those of the forward pass:
 
-    query_gradients    dF = g M^T + t z (`signed`), dphi = t z (`base`), t = -F . (g M^T) / den,
-                       dM = sum F^T g, dz = sum t phi
-    key_gradients      dF = V dM^T + dz (`signed`), dphi = dz (`base`), dV = F dM
+    queries    dF = g M^T + t z (`signed`), dphi = t z (`base`), t = -F . (g M^T) / den,
+               dM = sum F^T g, dz = sum t phi
+    keys       dF = V dM^T + dz (`signed`), dphi = dz (`base`), dV = F dM
 
-and from dF and dphi the gradients of Z, Z' and of the tokens' scalars (`Features.gradients`).
+and from dF and dphi the gradients of the tokens' scalars (`Features.scalar_gradients`).
+pallas_gpu_narrow_tokens.py has the gradients of the tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,31 +26,28 @@ from dydilit_jax.kernels.dydila.pallas_gpu_blocks import (
     Cut,
     State,
     Stream,
+    added,
     launch,
     load_state,
     product,
     scalars_of,
     state_types,
     total,
+    write_rows,
     write_state,
 )
-from dydilit_jax.kernels.dydila.pallas_gpu_kernels import (
+from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     BLOCK,
     Core,
-    columns_to_block,
+    QuerySums,
+    rounded,
     rows_to_block,
+    scalar_gradients,
+    through_denominator,
 )
 
 
-def write_rows(rows: Sequence[jax.Array], rows_s: Any, reference: Any, span: Any) -> None:
-    """Writes the gradients of a block's scalars to (B H, learned, covered)."""
-    for row, values in enumerate(rows):
-        rows_s[row] = values
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(rows_s, reference.at[lax.axis_index("head"), :, span])
-
-
-def query_gradients(
+def query_sums(
     core: Core,
     tokens: Sequence[jax.Array],
     scalars: jax.Array,
@@ -56,8 +55,8 @@ def query_gradients(
     m: jax.Array,
     z: jax.Array,
     den: jax.Array | None,
-) -> tuple[list[jax.Array], jax.Array | None, jax.Array, jax.Array]:
-    """Gradients of Q, Q' and their scalars, and the sums for those of M and z.
+) -> QuerySums:
+    """The first pass over queries; of a core of one pass, also the gradients of Q and Q'.
 
     Args:
       core: static part.
@@ -67,26 +66,24 @@ def query_gradients(
       m: (B H, channels, channels) bfloat16.
       z: (B H, d) float32.
       den: (B H, covered) float32; None for the normalizer `none`.
-
-    Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, learned, covered) float32,
-      None if there are none; sums over the tokens (B H, channels, channels) and (B H, d) float32,
-      the latter zero without den.
     """
     cut, sides = Cut.of(d_output), len(tokens)
-    learned, divided = len(core.learned), den is not None
+    divided = den is not None
+    tells_den = divided and not core.one_pass  # as one row more
+    row_count = core.summed + tells_den
+    plain = dataclasses.replace(core, normalizer="none")
 
-    def kernel(*references: Any) -> None:
+    def dydila_gpu_query_sums(*references: Any) -> None:
         sources, (scalars_ref, m_ref, z_ref, *rest) = (
             references[: sides + 1],
             references[sides + 1 :],
         )
         den_ref = rest.pop(0) if divided else None
-        outputs, rest = rest[:sides], rest[sides:]
-        d_rows_ref = rest.pop(0) if learned else None
+        outputs = [rest.pop(0) for _ in range(sides * core.one_pass)]
+        d_rows_ref = rest.pop(0) if row_count else None
         d_m_ref = rest.pop(0)
         d_z_ref = rest.pop(0) if divided else None
-        blocks_s, rows_s, den_s, m_s, z_s, d_z_s, d_rows_s, loaded, ready = rest
+        blocks_s, rows_s, den_s, m_s, z_s, d_z_s, d_rows_s, summed_s, loaded, ready = rest
         head = lax.axis_index("head")
         rows = [(scalars_of(scalars_ref, core.heads), rows_s)]
         if den_ref is not None:
@@ -94,92 +91,125 @@ def query_gradients(
         stream = Stream(cut, sources, rows, blocks_s, ready)
         load_state(cut, m_ref, z_ref, m_s, z_s, loaded)
 
-        def accumulate(sums: State) -> tuple[list[jax.Array], jax.Array]:
-            def body(step: jax.Array, d_z: jax.Array) -> jax.Array:
-                slot = stream.step(step)
-                features = stream.features(core, slot, rows_s)
+        def first_sums(slot: jax.Array, sums: State, scale: Any) -> tuple[Any, list[Any]]:
+            """F . G, and what is linear in G and in z of the scalars' gradients; puts F and phi."""
+            inner, of_products, of_z = jnp.zeros((BLOCK,), jnp.float32), [], []
+            for piece in cut.pieces:
+                features = stream.features(core, slot, rows_s, piece)
                 difference, base = features.values()
+                products = product(sums.values, m_s.at[piece, :].transpose((1, 0)))
+                inner = inner + jnp.sum(rounded(difference) * products, axis=1)
+                if divided:
+                    summed = difference if core.normalizer == "signed" else base
+                    summed_s[:, piece] = summed.astype(jnp.bfloat16)
+                    difference = difference * rows_to_block(scale, piece.size)
+                sums.put(difference, piece)
+                if not core.one_pass:
+                    z_piece = z_s.at[piece]
+                    of_products.append(scalar_gradients(plain, features, products, z_piece))
+                    of_z.append(scalar_gradients(core, features, jnp.zeros_like(products), z_piece))
+            return inner, [added(of_products), added(of_z)]
+
+        def tokens_of(slot: jax.Array, sums: State, scale: Any, d_den: Any) -> list[jax.Array]:
+            """Writes the tokens' gradients of a core of one pass; returns the scalars'."""
+            d_rows = []
+            for piece in cut.pieces:
+                features = stream.features(core, slot, rows_s, piece)
+                d_difference = product(sums.values, m_s.at[piece, :].transpose((1, 0)))
+                if divided:
+                    d_difference = d_difference * rows_to_block(scale, piece.size)
+                d_features = through_denominator(core, d_difference, z_s.at[piece], d_den)
+                d_tokens, _ = features.token_gradients(features.d_phi(*d_features))
+                for i, d_token in enumerate(d_tokens):
+                    stream.write(i, slot, d_token, piece)
+                d_rows.append(features.scalar_gradients(*d_features))
+            return added(d_rows)
+
+        def accumulate(sums: State) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+            def body(step: jax.Array, d_z: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot = stream.step(step)
                 sums.values[...] = stream.read(sides, slot)
                 plgpu.commit_smem()
-                d_difference = product(sums.values, m_s.transpose((1, 0)))
-                d_base = jnp.zeros_like(d_difference)
-                if divided:
-                    den = den_s[slot]
-                    scale = 1.0 / den
-                    rounded = difference.astype(jnp.bfloat16).astype(jnp.float32)
-                    d_den = -jnp.sum(rounded * d_difference, axis=1) * scale * scale
+                den = den_s[slot] if divided else None
+                scale = None if den is None else 1.0 / den
+                inner, (d_rows, of_z) = first_sums(slot, sums, scale)
+                sums.add()
+                d_den = None
+                if den is not None and scale is not None:
+                    d_den = -inner * scale * scale
                     if core.normalizer == "signed":  # where it was held at eps, den is a constant
                         d_den = jnp.where(jnp.abs(den) <= core.eps, 0.0, d_den)
-                    across = rows_to_block(d_den, cut.channels)
-                    through_den = columns_to_block(z_s[...]) * across
-                    scale_block = rows_to_block(scale, cut.channels)
-                    d_difference, difference = d_difference * scale_block, difference * scale_block
-                    if core.normalizer == "signed":
-                        d_difference = d_difference + through_den
-                        summed = rounded
-                    else:
-                        d_base = through_den
-                        summed = base.astype(jnp.bfloat16).astype(jnp.float32)
-                    d_z = d_z + jnp.sum(summed * across, axis=0)
-                sums.add(difference)
-                d_tokens, d_rows = features.gradients(d_difference, d_base)
-                for i, d_token in enumerate(d_tokens):
-                    stream.write(i, slot, d_token)
-                plgpu.commit_smem()
-                for i, output in enumerate(outputs):
-                    stream.send(i, slot, output, step)
+                    more = []
+                    for piece in cut.pieces:
+                        summed = summed_s[:, piece].astype(jnp.float32)
+                        weighted = summed * rows_to_block(d_den, piece.size)
+                        more.append(jnp.sum(weighted, axis=0))
+                    d_z = tuple(a + b for a, b in zip(d_z, more, strict=True))
+                    d_rows = [a * scale + b * d_den for a, b in zip(d_rows, of_z, strict=True)]
+                if outputs:
+                    d_rows = tokens_of(slot, sums, scale, d_den)
+                    plgpu.commit_smem()
+                    for i, output in enumerate(outputs):
+                        stream.send(i, slot, output, step)
+                if d_den is not None and tells_den:
+                    d_rows = [*d_rows, d_den]
                 if d_rows_ref is not None:
                     write_rows(d_rows, d_rows_s, d_rows_ref, stream.span(step))
                 plgpu.wgmma_wait(0)
                 return d_z
 
-            zeros = jnp.zeros((cut.channels,), jnp.float32)
-            d_z = lax.fori_loop(0, cut.steps, body, zeros)
+            d_z = lax.fori_loop(0, cut.steps, body, cut.no_sums)
             return sums.results(), d_z
 
         sums, d_z = State.while_summing(cut, accumulate)
-        write_state(cut, sums, d_z if divided else None, d_m_ref, d_z_ref, d_z_s)
+        write_state(cut, sums, d_z if divided else (), d_m_ref, d_z_ref, d_z_s)
 
     d_m_type, d_z_type = state_types(cut)
-    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, learned, cut.covered), jnp.float32)
-    results = launch(
-        kernel,
-        core,
-        cut,
-        [*tokens, d_output, scalars, m, z, *(() if den is None else (den,))],
-        [
-            *[jax.ShapeDtypeStruct(d_output.shape, jnp.bfloat16)] * sides,
-            *[d_rows_type] * (learned > 0),
-            d_m_type,
-            *[d_z_type] * divided,
-        ],
-        [
-            cut.block(sides + 1),
-            plgpu.SMEM((2, core.rows, BLOCK), jnp.float32),
-            plgpu.SMEM((2, BLOCK), jnp.float32),
-            cut.state,
-            plgpu.SMEM((cut.channels,), jnp.float32),
-            plgpu.SMEM((cut.channels,), jnp.float32),
-            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-        ],
-        copies=sides + 2 + divided,
+    rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, row_count, cut.covered), jnp.float32)
+    results = list(
+        launch(
+            dydila_gpu_query_sums,
+            core,
+            cut,
+            [*tokens, d_output, scalars, m, z, *(() if den is None else (den,))],
+            [
+                *[jax.ShapeDtypeStruct(d_output.shape, jnp.bfloat16)] * (sides * core.one_pass),
+                *[rows_type] * (row_count > 0),
+                d_m_type,
+                *[d_z_type] * divided,
+            ],
+            [
+                cut.block(sides + 1),
+                plgpu.SMEM((2, core.rows, BLOCK), jnp.float32),
+                plgpu.SMEM((2, BLOCK), jnp.float32),
+                cut.state,
+                plgpu.SMEM((cut.channels,), jnp.float32),
+                plgpu.SMEM((cut.channels,), jnp.float32),
+                plgpu.SMEM((max(1, row_count), BLOCK), jnp.float32),
+                cut.operand(cut.channels),
+                plgpu.Barrier(num_arrivals=2),
+            ],
+            copies=sides + 2 + divided,
+        )
     )
-    d_rows = results[sides] if learned else None
-    d_m = results[sides + (learned > 0)]
+    d_tokens = [results.pop(0) for _ in range(sides)] if core.one_pass else None
+    rows = results.pop(0) if row_count else None
     no_row = jnp.zeros((cut.batch * cut.heads, 1, cut.width), jnp.float32)
-    return list(results[:sides]), d_rows, *total(core, d_m, results[-1] if divided else no_row)
+    d_m, d_z = total(core, results[0], results[1] if divided else no_row)
+    d_den = rows[:, -1] if tells_den and rows is not None else None
+    rows = rows[:, : core.summed] if core.summed and rows is not None else None
+    return QuerySums(d_tokens, rows, d_den, d_m, d_z)
 
 
-def key_gradients(
+def key_sums(
     core: Core,
     tokens: Sequence[jax.Array],
     scalars: jax.Array,
     value: jax.Array,
     d_m: jax.Array,
     d_z: jax.Array,
-) -> tuple[list[jax.Array], jax.Array | None, jax.Array]:
-    """Gradients of K, K', their scalars and V.
+) -> jax.Array:
+    """The first pass over keys, which a core of one pass does without.
 
     Args:
       core: static part.
@@ -190,20 +220,16 @@ def key_gradients(
       d_z: (B H, d) float32; ignored by the normalizer `none`.
 
     Returns:
-      Gradients of the tokens (B, N, H, d) bfloat16; of the scalars (B H, learned, covered) float32,
-      None if there are none; and of V (B, N, H, d) bfloat16.
+      (B H, core.summed, covered) float32.
     """
     cut, sides = Cut.of(value), len(tokens)
-    learned = len(core.learned)
 
-    def kernel(*references: Any) -> None:
-        sources, (scalars_ref, d_m_ref, d_z_ref, *rest) = (
+    def dydila_gpu_key_sums(*references: Any) -> None:
+        sources, (scalars_ref, d_m_ref, d_z_ref, d_rows_ref, *memory) = (
             references[: sides + 1],
             references[sides + 1 :],
         )
-        outputs, rest = rest[: sides + 1], rest[sides + 1 :]
-        d_rows_ref = rest.pop(0) if learned else None
-        blocks_s, rows_s, d_m_s, d_z_s, d_rows_s, features_s, value_s, loaded, ready = rest
+        blocks_s, rows_s, d_m_s, d_z_s, d_rows_s, value_s, loaded, ready = memory
         rows = [(scalars_of(scalars_ref, core.heads), rows_s)]
         stream = Stream(cut, sources, rows, blocks_s, ready)
         load_state(cut, d_m_ref, d_z_ref, d_m_s, d_z_s, loaded)
@@ -211,48 +237,32 @@ def key_gradients(
         @pl.loop(0, cut.steps)
         def _(step: jax.Array) -> None:
             slot = stream.step(step)
-            features = stream.features(core, slot, rows_s)
-            features_s[...] = features.values()[0].astype(jnp.bfloat16)
             value_s[...] = stream.read(sides, slot)
             plgpu.commit_smem()
-            stream.write(sides, slot, product(features_s, d_m_s))
-            d_difference = product(value_s, d_m_s.transpose((1, 0)))
-            d_base = jnp.zeros_like(d_difference)
-            if core.normalizer == "signed":
-                d_difference = d_difference + columns_to_block(d_z_s[...])
-            elif core.normalizer == "base":
-                d_base = columns_to_block(d_z_s[...])
-            d_tokens, d_rows = features.gradients(d_difference, d_base)
-            for i, d_token in enumerate(d_tokens):
-                stream.write(i, slot, d_token)
-            plgpu.commit_smem()
-            for i, output in enumerate(outputs):
-                stream.send(i, slot, output, step)
-            if d_rows_ref is not None:
-                write_rows(d_rows, d_rows_s, d_rows_ref, stream.span(step))
+            d_rows = []
+            for piece in cut.pieces:
+                features = stream.features(core, slot, rows_s, piece)
+                products = product(value_s, d_m_s.at[piece, :].transpose((1, 0)))
+                d_rows.append(scalar_gradients(core, features, products, d_z_s.at[piece]))
+            write_rows(added(d_rows), d_rows_s, d_rows_ref, stream.span(step))
 
         plgpu.wait_smem_to_gmem(0)
 
-    d_rows_type = jax.ShapeDtypeStruct((cut.batch * cut.heads, learned, cut.covered), jnp.float32)
-    results = launch(
-        kernel,
+    (rows,) = launch(
+        dydila_gpu_key_sums,
         core,
         cut,
         [*tokens, value, scalars, d_m, d_z],
-        [
-            *[jax.ShapeDtypeStruct(value.shape, jnp.bfloat16)] * (sides + 1),
-            *[d_rows_type] * (learned > 0),
-        ],
+        [jax.ShapeDtypeStruct((cut.batch * cut.heads, core.summed, cut.covered), jnp.float32)],
         [
             cut.block(sides + 1),
             plgpu.SMEM((2, core.rows, BLOCK), jnp.float32),
             cut.state,
             plgpu.SMEM((cut.channels,), jnp.float32),
-            plgpu.SMEM((max(1, learned), BLOCK), jnp.float32),
-            cut.operand(cut.channels),
+            plgpu.SMEM((core.summed, BLOCK), jnp.float32),
             cut.operand(cut.channels),
             plgpu.Barrier(num_arrivals=2),
         ],
         copies=sides + 2,
     )
-    return list(results[:sides]), results[-1] if learned else None, results[sides]
+    return rows
