@@ -40,6 +40,11 @@ def _state_products(products: int) -> KernelFlops:
     return lambda operands, _: 2.0 * products * operands[0].size * operands[0].dimensions[2]
 
 
+def _head_products(products: int) -> KernelFlops:
+    """Products of features (B, N, H, d), the first operand, with d x d states."""
+    return lambda operands, _: 2.0 * products * operands[0].size * operands[0].dimensions[3]
+
+
 # FLOPs of a kernel's matrix products by its name, from its operands and results. A new kernel needs
 # a line here; without one it counts as free of FLOPs and is named in the report.
 KERNEL_FLOPS: dict[str, KernelFlops] = {
@@ -49,12 +54,28 @@ KERNEL_FLOPS: dict[str, KernelFlops] = {
     "dydila_backward": _state_products(4),  # Q^T dO, dO S^T, K dS, V dS^T
     "dydila_query_gradient": _state_products(2),
     "dydila_key_gradient": _state_products(2),
+    # On Hopper, of heads (B, N, H, d); those of wide heads compute dV by `apply`.
+    "dydila_gpu_token_sums": lambda *_: 0.0,  # elementwise
+    "dydila_gpu_state": _head_products(1),
+    "dydila_gpu_apply": _head_products(1),
+    "dydila_gpu_query_sums": _head_products(2),  # dO M^T, Q^T dO
+    "dydila_gpu_key_sums": _head_products(1),  # V dM^T
+    "dydila_gpu_row_sums": _head_products(1),
+    "dydila_gpu_query_gradients": _head_products(1),
+    "dydila_gpu_token_gradients": _head_products(1),
+    "dydila_gpu_key_gradients": _head_products(2),  # V dM^T, K dM
     # Tokens (T, D) to (T, E): each by its own projector; by all n; and into the banks' gradient.
     "grouped_projection": lambda x, y: 2.0 * x[2].size * y[0].dimensions[-1],
     "grouped_projection_dx": lambda x, _: (
         2.0 * x[0].size * x[1].dimensions[-1] * x[3].dimensions[0]
     ),
     "grouped_projection_dbank": lambda x, _: 2.0 * x[2].size * x[3].dimensions[-1],
+    # On Hopper: rows sorted by bank (P, D); all n; and into the banks' gradient.
+    "grouped_projection_rows": lambda x, y: 2.0 * x[0].size * y[0].dimensions[-1],
+    "grouped_projection_every_bank": lambda x, _: (
+        2.0 * x[0].size * x[1].dimensions[-1] * x[2].dimensions[0]
+    ),
+    "grouped_projection_bank_gradient": lambda x, _: 2.0 * x[0].size * x[1].dimensions[-1],
     "depthwise": lambda *_: 0.0,  # elementwise
     "depthwise_backward": lambda *_: 0.0,
 }

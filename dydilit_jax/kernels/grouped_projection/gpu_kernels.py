@@ -75,7 +75,7 @@ def routed_product(
     count, parts = len(blocks.owner), pl.cdiv(width, COLUMNS)
     steps = pl.cdiv(rows.shape[1], STEP)
 
-    def kernel(*references: Ref) -> None:
+    def grouped_projection_rows(*references: Ref) -> None:
         rows_ref, bank_ref, weight_ref, token_ref, owner_ref, start_ref, *rest = references
         other_ref = rest.pop(0) if transposed else None
         y_ref = rest.pop(0)
@@ -134,7 +134,7 @@ def routed_product(
 
     bank_tile = (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
     y, *dot = launch(
-        kernel,
+        grouped_projection_rows,
         out_type=[
             jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
             *[jax.ShapeDtypeStruct((parts, count * ROWS), jnp.float32)] * transposed,
@@ -173,7 +173,7 @@ def every_bank(
     n, _, E = bank.shape
     parts, steps = pl.cdiv(D, COLUMNS), pl.cdiv(E, STEP)
 
-    def kernel(*references: Ref) -> None:
+    def grouped_projection_every_bank(*references: Ref) -> None:
         x_ref, dy_ref, bank_ref, weights_ref, dx_ref, dot_ref, *scratch = references
         dy_s, bank_s, x_s, dx_s, weights_s, dot_s, ready, loaded = scratch
         part = lax.axis_index("part")
@@ -217,7 +217,7 @@ def every_bank(
         plgpu.wait_smem_to_gmem(0)
 
     dx, dot = launch(
-        kernel,
+        grouped_projection_every_bank,
         out_type=[
             jax.ShapeDtypeStruct((T, D), jnp.bfloat16),
             jax.ShapeDtypeStruct((parts, *weights.shape), jnp.float32),
@@ -255,7 +255,7 @@ def bank_gradient(x: jax.Array, dy: jax.Array, start: jax.Array) -> jax.Array:
     splits = max(1, min(blocks, PROGRAMS // (n * tiles[0] * tiles[1])))
     steps_of_block = ROWS // STEP
 
-    def kernel(
+    def grouped_projection_bank_gradient(
         x_ref: Ref, dy_ref: Ref, start_ref: Ref, sum_ref: Ref, x_s: Ref, dy_s: Ref, sum_s: Ref,
         ready: Ref,
     ) -> None:  # fmt: skip
@@ -285,7 +285,7 @@ def bank_gradient(x: jax.Array, dy: jax.Array, start: jax.Array) -> jax.Array:
         plgpu.wait_smem_to_gmem(0)
 
     (sums,) = launch(
-        kernel,
+        grouped_projection_bank_gradient,
         out_type=[jax.ShapeDtypeStruct((splits, n, D, E), jnp.float32)],
         scratch_types=[
             plgpu.SMEM((SLOTS, STEP, ROWS), jnp.bfloat16),
