@@ -42,7 +42,7 @@ def _state_products(products: int) -> KernelFlops:
 
 def _head_products(products: int) -> KernelFlops:
     """Products of features (B, N, H, d), the first operand, with d x d states."""
-    return lambda operands, _: 2.0 * products * operands[0].size * operands[0].dimensions[3]
+    return lambda operands, _: 2.0 * products * operands[0].size * operands[0].dimensions[-1]
 
 
 # FLOPs of a kernel's matrix products by its name, from its operands and results. A new kernel needs
@@ -158,6 +158,10 @@ def instruction_cost(module: Module, computation: Computation, instruction: Inst
     ]
     if opcode == "fusion":
         body = module.computations[instruction.called("calls") or ""]
+        if kernels := [each for each in body.instructions.values() if _is_kernel(each)]:
+            # Of what is sliced around them; that itself moves nothing.
+            costs = [instruction_cost(module, body, each) for each in kernels]
+            return Cost(sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs))
         return Cost(_fusion_flops(module, body), _fusion_bytes(module, body, instruction, operands))
     flops = _product_flops(computation, instruction)
     if _is_kernel(instruction):

@@ -37,12 +37,12 @@ def gpu_interpreter(**fields):
     return InterpretGPUParams(**fields)
 
 
-def leaves(N, d, H=2, *, bank=(0.2, 0.5, 1.3), negative=(), plain=False, seed=0):
+def leaves(N, d, H=2, *, B=1, bank=(0.2, 0.5, 1.3), negative=(), plain=False, seed=0):
     """Arrays that gradients are taken of, by name; bfloat16 values, and float32 scalars."""
     rng = np.random.default_rng(seed)
 
     def tokens():
-        x = rng.normal(size=(1, N, H * d))
+        x = rng.normal(size=(B, N, H * d))
         x[:, list(negative)] = -np.abs(x[:, list(negative)])
         return jnp.asarray(x, jnp.bfloat16)
 
@@ -51,7 +51,7 @@ def leaves(N, d, H=2, *, bank=(0.2, 0.5, 1.3), negative=(), plain=False, seed=0)
         return arrays
     arrays |= {"query_redundant": tokens(), "key_redundant": tokens()}
     for name in Exponents._fields:
-        arrays[f"exponent of {name}"] = jnp.asarray(rng.uniform(1, 4, (1, N)), jnp.float32)
+        arrays[f"exponent of {name}"] = jnp.asarray(rng.uniform(1, 4, (B, N)), jnp.float32)
     arrays["bank"] = jnp.asarray(bank, jnp.float32)
     for name in ("query_router", "key_router"):
         arrays[name] = jnp.asarray(rng.normal(size=(2 * H * d, len(bank))), jnp.float32)
@@ -142,6 +142,13 @@ def test_signed_with_norms_of_heads(d):
 def test_no_normalizer_and_lambda_zero():
     options = CoreOptions(heads=1, normalizer="none")
     close_to_reference(127, 16, options, bank=(0.0, 0.0, 0.0))
+
+
+@interpreted
+@pytest.mark.parametrize("d", [24, 136])
+def test_without_epsilon_tokens_that_are_not_there_do_no_harm(d):
+    """Their denominator is zero. One sequence more, so that a sum over the batch is one."""
+    close_to_reference(65, d, CoreOptions(heads=1, eps=0.0), B=2)
 
 
 @interpreted

@@ -40,6 +40,7 @@ def cuda():
     [
         (256, 72, "base", 10),
         (300, 64, "base", 10),
+        (300, 24, "none", 10),
         (1024, 288, "signed", 12),
         (16384, 576, "base", 12),
     ],
@@ -160,7 +161,7 @@ def test_a_program_holds_a_narrow_head(d):
     state, small = cut.channels**2 * 2, 8 * 1024
     staged = 64 * cut.channels * 4
     query_sums = 6 * block + block + max(operand + block, staged) + state
-    routers = 2 * pallas_gpu.MOST_LAMBDAS * (cut.channels + 64) * 2
+    routers = 2 * pallas_gpu.most_lambdas(d) * (cut.channels + 64) * 2
     token_gradients = 6 * block + 2 * block + 2 * operand + state + routers
     assert max(query_sums, token_gradients) + small <= 227 * 1024
 
@@ -183,6 +184,10 @@ def test_shared_memory_holds_the_columns():
         (
             lambda x: x._replace(lambdas=x.lambdas._replace(bank=jnp.zeros(33))),
             "33 lambdas to choose from do not fit in shared memory, 32 would",
+        ),
+        (
+            lambda x: x._replace(exponents=x.exponents._replace(query_redundant=None)),
+            "exponents of some of the tensors only",
         ),
     ],
 )

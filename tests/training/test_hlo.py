@@ -210,6 +210,39 @@ ENTRY %main (a: bf16[4,32,16], b: bf16[4,16,8]) -> bf16[4,32,8] {
     assert product.cost.bytes == 2 * (4 * 32 * 16 + 4 * 16 * 8 + 4 * 32 * 8) + 64
 
 
+def test_a_kernel_in_a_fusion_counts_as_it_does_alone():
+    """XLA for GPUs puts a kernel in one fusion with what slices its operands: B 2, N 8, d 16."""
+    kernel = """custom-call({}), custom_call_target="mosaic_gpu", metadata={{op_name="""
+    kernel += """"jit(f)/dydila_gpu_key_sums/mpmd_map"}}"""
+    module = parse(
+        """\
+HloModule jit_step
+
+%wrapped (p0: bf16[3,2,8,1,16], p1: bf16[2,8,1,16]) -> f32[2,3,8] {
+  %p0 = bf16[3,2,8,1,16]{4,3,2,1,0} parameter(0)
+  %p1 = bf16[2,8,1,16]{3,2,1,0} parameter(1)
+  %slice = bf16[1,2,8,1,16]{4,3,2,1,0} slice(%p0), slice={[1:2], [0:2], [0:8], [0:1], [0:16]}
+  %one = bf16[2,8,1,16]{3,2,1,0} bitcast(%slice)
+  ROOT %inner = f32[2,3,8]{2,1,0} """
+        + kernel.format("%one, %p1")
+        + """
+}
+
+ENTRY %main (a: bf16[3,2,8,1,16], b: bf16[2,8,1,16]) -> f32[2,3,8] {
+  %a = bf16[3,2,8,1,16]{4,3,2,1,0} parameter(0)
+  %b = bf16[2,8,1,16]{3,2,1,0} parameter(1)
+  %alone = f32[2,3,8]{2,1,0} """
+        + kernel.format("%b, %b")
+        + """
+  ROOT %fused = f32[2,3,8]{2,1,0} fusion(%a, %b), kind=kCustom, calls=%wrapped
+}
+"""
+    )
+    cost = {each.name: each.cost for each in work(module, schedule(module))}
+    assert cost["%fused"] == cost["%alone"]
+    assert cost["%fused"] == (2 * 2 * 8 * 16 * 16, 2 * 2 * 2 * 8 * 16 + 4 * 2 * 3 * 8)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

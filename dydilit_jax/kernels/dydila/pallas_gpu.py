@@ -30,8 +30,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dydilit_jax.kernels import routing
+from dydilit_jax.kernels.dydila import pallas_gpu_narrow as narrow
 from dydilit_jax.kernels.dydila import pallas_gpu_wide as wide
-from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, check_inputs
+from dydilit_jax.kernels.dydila.features import CoreInputs, CoreOptions, Exponents, check_inputs
 from dydilit_jax.kernels.dydila.pallas_gpu_features import Core
 from dydilit_jax.kernels.dydila.pallas_gpu_fused import fused
 from dydilit_jax.kernels.dydila.pallas_gpu_passes import Static
@@ -40,7 +41,10 @@ from dydilit_jax.kernels.dydila.xla import CoreOutput
 from dydilit_jax.kernels.platform import not_hopper
 from dydilit_jax.kernels.sharding import CoreSharding
 
-MOST_LAMBDAS = 32  # of a router, whose rows for a head are in shared memory
+
+def most_lambdas(width: int) -> int:
+    """Lambdas of a router, whose rows for a head are in shared memory beside all else."""
+    return 16 if 112 < width <= narrow.WIDEST else 32
 
 
 def unsupported(
@@ -66,14 +70,19 @@ def unsupported(
             )
     if inputs.rotation is not None:
         return "rotary position is not in the kernels: use the implementation 'xla'"
+    exponents = inputs.exponents
+    names = [name for name in Exponents._fields if getattr(inputs, name) is not None]
+    if exponents is not None and len({getattr(exponents, name) is None for name in names}) > 1:
+        return "exponents of some of the tensors only are not in the kernels: give all, or none"
     lambdas = inputs.lambdas
     if inputs.query_redundant is not None and lambdas is not None:
         if (lambdas.query_router is None) != (lambdas.key_router is None):
             return "both lambda routers or neither must be given"
-        if lambdas.query_router is not None and lambdas.bank.size > MOST_LAMBDAS:
+        most = most_lambdas(width)
+        if lambdas.query_router is not None and lambdas.bank.size > most:
             return (
-                f"{lambdas.bank.size} lambdas to choose from do not fit in shared memory, "
-                f"{MOST_LAMBDAS} would: use fewer, or the implementation 'xla'"
+                f"{lambdas.bank.size} lambdas to choose from do not fit in shared memory, {most} "
+                "would: use fewer, or the implementation 'xla'"
             )
         noisy = inputs.noise_key is not None and options.router_jitter > 0.0
         if lambdas.query_router is not None and noisy:
@@ -141,7 +150,7 @@ def attention(
         width=D // H,
         tokens=N,
         normalizer="none" if options.normalizer == "rms" else options.normalizer,
-        powered=inputs.exponents is not None,
+        powered=inputs.exponents is not None and inputs.exponents.query is not None,
         differential=differential,
         eps=options.eps,
         choices=choices,

@@ -33,6 +33,15 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
 LOAD_WITHOUT_INDEX = "idx" not in inspect.signature(plgpu.load).parameters  # JAX 0.12
 
 
+def in_tiles(columns: int, *shape: int) -> Any:
+    """Shared memory for bfloat16 in tiles of 8 rows and some columns, that the tensor core reads.
+
+    Mosaic finds such tiles by itself in small kernels; in large ones its search may not end.
+    """
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How arrays (B, N, H, d) are cut into programs and blocks of 64 tokens."""
@@ -68,8 +77,12 @@ class Cut:
 
         They are whole tiles of shared memory, whose width has to divide the block's.
         """
-        size = 16 if self.channels % 32 else 32
-        return [pl.ds(first, size) for first in range(0, self.channels, size)]
+        return [pl.ds(first, self.tile) for first in range(0, self.channels, self.tile)]
+
+    @property
+    def tile(self) -> int:
+        """Channels of a tile of shared memory, and of a piece."""
+        return 16 if self.channels % 32 else 32
 
     @property
     def no_sums(self) -> tuple[jax.Array, ...]:
@@ -100,16 +113,17 @@ class Cut:
 
     def block(self, arrays: int) -> Any:
         """Shared memory for two blocks of each of some arrays."""
-        return plgpu.SMEM((arrays, 2, BLOCK, self.channels), jnp.bfloat16)
+        shape = arrays, 2, BLOCK, self.channels
+        return plgpu.SMEM(shape, jnp.bfloat16) if self.overhangs else in_tiles(self.tile, *shape)
 
     def operand(self, columns: int) -> Any:
         """Shared memory for 64 tokens that the tensor core reads."""
-        return plgpu.SMEM((BLOCK, columns), jnp.bfloat16)
+        return in_tiles(self.tile, BLOCK, columns)
 
     @property
     def state(self) -> Any:
         """Shared memory for M or dM."""
-        return plgpu.SMEM((self.channels, self.channels), jnp.bfloat16)
+        return in_tiles(self.tile, self.channels, self.channels)
 
 
 def load(reference: Any, *, optimized: bool) -> jax.Array:
@@ -266,7 +280,8 @@ class State:
             accumulators = [plgpu.ACC((BLOCK, columns), jnp.float32)] * (count * cut.halves)
             return pl.run_scoped(with_sums, *accumulators)
 
-        return pl.run_scoped(with_memory, *[cut.operand(BLOCK * cut.halves)] * count)
+        # Both factors of a product want tiles of one width, and Y has few columns.
+        return pl.run_scoped(with_memory, *[in_tiles(16, BLOCK, BLOCK * cut.halves)] * count)
 
     def put(self, features: jax.Array, piece: Any, which: int = 0) -> None:
         """Writes a piece of an F to memory."""

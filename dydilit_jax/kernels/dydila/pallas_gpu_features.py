@@ -99,6 +99,13 @@ class Core:
         return self.powers + self.differential
 
 
+def zeros_up(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
+    """Zeros added along an axis up to a size."""
+    added = [(0, 0)] * x.ndim
+    added[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, added)
+
+
 def rows_to_block(rows: jax.Array, channels: int = BLOCK) -> jax.Array:
     """A scalar for each token, (64,), as a block (64, channels)."""
     return lax.broadcast_in_dim(rows, (BLOCK, channels), (0,))

@@ -52,7 +52,6 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
 # under way: at 128 that is 128 + 64 registers of each thread's 255, at 136 already 216 + 72. Wider
 # heads take kernels that hold parts of a head, and read the tokens again for each.
 WIDEST = 128
-ALIGNMENT = 8  # channels: the TMA unit wants rows of a multiple of 16 bytes
 
 
 def covered(B: int, N: int, H: int, d: int) -> int:

@@ -104,10 +104,12 @@ def query_sums(
                     summed_s[:, piece] = summed.astype(jnp.bfloat16)
                     difference = difference * rows_to_block(scale, piece.size)
                 sums.put(difference, piece)
-                if not core.one_pass:
-                    z_piece = z_s.at[piece]
-                    of_products.append(scalar_gradients(plain, features, products, z_piece))
-                    of_z.append(scalar_gradients(core, features, jnp.zeros_like(products), z_piece))
+                if core.one_pass:
+                    continue
+                of_products.append(scalar_gradients(plain, features, products, None))
+                if divided:
+                    nothing = jnp.zeros_like(products)
+                    of_z.append(scalar_gradients(core, features, nothing, z_s.at[piece]))
             return inner, [added(of_products), added(of_z)]
 
         def tokens_of(slot: jax.Array, sums: State, scale: Any, d_den: Any) -> list[jax.Array]:

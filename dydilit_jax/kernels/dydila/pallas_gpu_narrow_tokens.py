@@ -20,6 +20,7 @@ from dydilit_jax.kernels.dydila.pallas_gpu_blocks import (
     State,
     Stream,
     added,
+    in_tiles,
     launch,
     load_state,
     product,
@@ -97,8 +98,8 @@ def token_gradients(
     if with_value:
         scratch["features_s"] = cut.operand(cut.channels)
     if choices:
-        scratch["d_logits_s"] = plgpu.SMEM((2, BLOCK, choices), jnp.bfloat16)
-        scratch["router_s"] = plgpu.SMEM((sides, choices, cut.channels), jnp.bfloat16)
+        scratch["d_logits_s"] = in_tiles(16, 2, BLOCK, choices)
+        scratch["router_s"] = in_tiles(16, sides, choices, cut.channels)
         scratch["router_loaded"] = plgpu.Barrier(num_arrivals=sides)
     given = {name: array for name, array in operands.items() if array is not None}
     wanted = {name: array for name, array in results.items() if array is not None}

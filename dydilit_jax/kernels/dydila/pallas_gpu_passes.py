@@ -26,6 +26,7 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     QuerySums,
     TokenGradients,
     means,
+    zeros_up,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_scalars import (
     Gradients,
@@ -79,11 +80,13 @@ def kernels_for(width: int) -> HeadKernels:
 def rounded_sizes(width: int, tokens: int) -> tuple[int, int]:
     """Channels and tokens that arrays of heads are padded to in memory, few if any.
 
-    The TMA unit wants rows of a multiple of 16 bytes, and whole tiles of 8 tokens (and, for wide
-    heads, of 16 channels).
+    The TMA unit wants rows of a multiple of 16 bytes, and whole tiles of 8 tokens. Heads whose
+    channels are whole tiles of 16 need none added, nor, where a block may overhang them, narrow
+    ones: not those of 24, 56, 88 and 120, for which Mosaic's search for layouts does not end.
     """
-    granule = narrow.ALIGNMENT if width <= narrow.WIDEST else 16
-    return -(-width // granule) * granule, -(-tokens // 8) * 8
+    to_8, to_16 = -(-width // 8) * 8, -(-width // 16) * 16
+    overhangs = width <= narrow.WIDEST and to_16 % 32
+    return to_8 if overhangs else to_16, -(-tokens // 8) * 8
 
 
 class Static(NamedTuple):
@@ -102,7 +105,8 @@ class Static(NamedTuple):
     @property
     def groups(self) -> int:
         """Norms of a token: one, or one for each head."""
-        return self.core.heads if self.options.norm_scope == "head" else 1
+        by_head = self.options.norm_scope == "head" and self.core.powered
+        return self.core.heads if by_head else 1
 
     def as_heads(self, x: jax.Array) -> jax.Array:
         """(B, N, D) as (B, N, H, d), N and d as `rounded_sizes` has them."""
@@ -133,13 +137,6 @@ def rounded_up(core: Core, scalars: jax.Array, covered: int) -> jax.Array:
     row = jnp.where(is_scale, 0.0, 1.0).astype(jnp.float32).reshape(-1, 1)
     tail = jnp.broadcast_to(row, (*scalars.shape[:2], core.rows, added))
     return jnp.concatenate([scalars, tail], axis=-1)
-
-
-def zeros_up(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
-    """Zeros added along an axis up to a size."""
-    added = [(0, 0)] * x.ndim
-    added[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, added)
 
 
 def sums_of(
@@ -234,7 +231,9 @@ def local_forward(
     m, z = means(core, *run.state(core, keys, key_rows, values))
     output, den = run.apply(core, queries, query_rows, m, z)
     m, z = (x.reshape(B, H, *x.shape[1:]) for x in (m, z))
-    den = None if den is None else den.reshape(B, H, -1)
+    if den is not None:
+        # Of tokens that are not there it may be zero, and its inverse times nothing no number.
+        den = jnp.where(jnp.arange(den.shape[-1]) < N, den, 1.0).reshape(B, H, -1)
     result = Result(
         static.as_tokens(output, N),
         None if den is None else den[..., :N],

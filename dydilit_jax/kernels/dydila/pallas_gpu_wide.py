@@ -106,9 +106,9 @@ def state(
     Args:
       core: static part; `normalizer` says whether z sums phi (`base`) or F (`signed`).
       tokens: Z, or Z and Z', each (B, N, H, d) bfloat16.
-      scalars: (B, 1 or H, rows, N) float32.
+      scalars: (B, 1 or H, rows, covered) float32.
       value: (B, N, H, d) bfloat16.
-      weights: (B H, 2, N) float32, w and x; None for ones.
+      weights: (B H, 2, covered) float32, w and x; None for ones.
 
     Returns:
       M (B H, *Tiles(d).padded) and z (B H, d) float32, zero beyond the head's width.
@@ -233,7 +233,7 @@ def apply(
     Args:
       core: static part.
       tokens: Z, or Z and Z', each (B, N, H, d) bfloat16.
-      scalars: (B, 1 or H, rows, N) float32.
+      scalars: (B, 1 or H, rows, covered) float32.
       m: (B H, *Tiles(d).padded) bfloat16.
       z: (B H, d) float32.
 

@@ -39,14 +39,10 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     rows_to_block,
     scalar_gradients,
     through_denominator,
+    zeros_up,
 )
 from dydilit_jax.kernels.dydila.pallas_gpu_wide import apply, covered, state
 from dydilit_jax.kernels.dydila.pallas_gpu_wide_stream import Stream, Walk, launch
-
-
-def zeros_up(x: jax.Array, size: int) -> jax.Array:
-    """Tokens' scalars for as many tokens as other kernels read; of those added, zero."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 def named(tokens: Sequence[jax.Array]) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from dydilit_jax.kernels.dydila.pallas_gpu_blocks import in_tiles
 from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     BLOCK,
     Core,
@@ -154,11 +155,10 @@ def router_scratch(sides: int, choices: int) -> dict[str, Any]:
     """What a router adds to `scratch`."""
     # The tensor core wants tiles of one width, 16 channels for 16 choices. Mosaic finds that out
     # by trial, and in some kernels not before it gives up.
-    narrow = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
     return {
-        "features_s": plgpu.SMEM((BLOCK, BLOCK), jnp.bfloat16, transforms=narrow),
-        "router_s": plgpu.SMEM((sides, choices, BLOCK), jnp.bfloat16, transforms=narrow),
-        "d_logits_s": plgpu.SMEM((2, BLOCK, choices), jnp.bfloat16, transforms=narrow),
+        "features_s": in_tiles(16, BLOCK, BLOCK),
+        "router_s": in_tiles(16, sides, choices, BLOCK),
+        "d_logits_s": in_tiles(16, 2, BLOCK, choices),
         # Accumulators of its gradient are written by way of this.
         "d_router_s": plgpu.SMEM((BLOCK, choices), jnp.float32),
     }
