@@ -244,6 +244,14 @@ class Features:
         return [d_z for d_z, _ in pairs], [row for _, d_g in pairs for row in d_g]
 
 
+def denominator_gradient(core: Core, den: jax.Array, inner_products: jax.Array) -> jax.Array:
+    """t = -F . G / den^2; where den was held at eps (`signed`), it is a constant."""
+    d_den = -inner_products / (den * den)
+    if core.normalizer == "signed":
+        return jnp.where(jnp.abs(den) <= core.eps, 0.0, d_den)
+    return d_den
+
+
 def through_denominator(
     core: Core, d_difference: jax.Array, z_s: Any, weight: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:

@@ -40,6 +40,7 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     BLOCK,
     Core,
     QuerySums,
+    denominator_gradient,
     rounded,
     rows_to_block,
     scalar_gradients,
@@ -138,9 +139,7 @@ def query_sums(
                 sums.add()
                 d_den = None
                 if den is not None and scale is not None:
-                    d_den = -inner * scale * scale
-                    if core.normalizer == "signed":  # where it was held at eps, den is a constant
-                        d_den = jnp.where(jnp.abs(den) <= core.eps, 0.0, d_den)
+                    d_den = denominator_gradient(core, den, inner)
                     more = []
                     for piece in cut.pieces:
                         summed = summed_s[:, piece].astype(jnp.float32)

@@ -35,6 +35,7 @@ from dydilit_jax.kernels.dydila.pallas_gpu_features import (
     Known,
     QuerySums,
     TokenGradients,
+    denominator_gradient,
     rounded,
     rows_to_block,
     scalar_gradients,
@@ -93,14 +94,6 @@ def row_sums(
 def inner(features: Features, products: jax.Array) -> jax.Array:
     """F . G of a tile, (64,), F as it was multiplied forward."""
     return jnp.sum(rounded(features.values()[0]) * products, axis=1)
-
-
-def denominator_gradient(core: Core, den: jax.Array, inner_products: jax.Array) -> jax.Array:
-    """T; where the denominator was held at eps (`signed`), it is a constant."""
-    d_den = -inner_products / (den * den)
-    if core.normalizer == "signed":
-        return jnp.where(jnp.abs(den) <= core.eps, 0.0, d_den)
-    return d_den
 
 
 def query_sums(
