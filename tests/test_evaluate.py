@@ -187,8 +187,7 @@ def test_terminated_and_killed_it_goes_on_and_ends_with_the_same_scores(
     states = tmp_path / "scores.json.unfinished" / "sums"
 
     def whole_states():
-        # A state that is still being written has its step and a suffix for a name.
-        return {path for path in states.glob("*") if path.name.isdigit()}
+        return set(states.glob("state-*.npz"))  # one that is still being written is no .npz
 
     def wait_for_state(process, after):
         deadline = time.monotonic() + PATIENCE
