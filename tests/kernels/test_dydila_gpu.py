@@ -26,9 +26,8 @@ from dydilit_jax.kernels.sharding import CoreSharding
 interpreted = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="Mosaic GPU's interpreter is complete from JAX 0.12 on"
 )
-# More roundings to bfloat16 than XLA's path has, up to one unit of it: M and dM, the routers and
-# the gradients of their logits are operands of the tensor core.
-FACTOR, FLOOR = 3.0, 2.0**-7
+# Two roundings to bfloat16 more than XLA's path: M and dM are operands of the tensor core.
+FACTOR, FLOOR = 3.0, 4e-3
 
 
 def gpu_interpreter(**fields):
@@ -87,7 +86,16 @@ def value_and_gradients(core, options, arrays, d_output, noise_key=None):
 
 
 def close_to_reference(
-    N, d, options, *, detect_races=False, without=(), noise_key=None, sharding=None, **case
+    N,
+    d,
+    options,
+    *,
+    detect_races=False,
+    without=(),
+    noise_key=None,
+    sharding=None,
+    floor=FLOOR,
+    **case,
 ):
     """Compares every array of the kernels with float64, within a few times XLA's own error."""
     arrays = leaves(N, d, options.heads, **case)
@@ -121,7 +129,7 @@ def close_to_reference(
         error, xla_error = (
             np.abs(np.asarray(x[name], np.float64) - reference).max() / size for x in (got, xla)
         )
-        assert error <= FACTOR * xla_error + FLOOR, f"{name}: {error} against XLA's {xla_error}"
+        assert error <= FACTOR * xla_error + floor, f"{name}: {error} against XLA's {xla_error}"
     return kernels, arrays, d_output, got
 
 
@@ -153,8 +161,12 @@ def test_without_epsilon_tokens_that_are_not_there_do_no_harm(d):
 
 @interpreted
 def test_one_token():
-    """Seed 2: Qd . Kd, the one weight, does not cancel, which would enlarge every rounding."""
-    close_to_reference(1, 72, CoreOptions(heads=1), seed=2)
+    """Seed 2: Qd . Kd, the one weight, does not cancel, which would enlarge every rounding.
+
+    Its gradient comes from the routers above all, whose rows and the gradients of whose logits the
+    tensor core takes in bfloat16 too: up to one unit of it.
+    """
+    close_to_reference(1, 72, CoreOptions(heads=1), seed=2, floor=2.0**-7)
 
 
 @interpreted

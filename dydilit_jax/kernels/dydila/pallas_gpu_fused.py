@@ -21,7 +21,7 @@ from dydilit_jax.kernels.sharding import CoreSharding
 
 
 def specs(sharding: CoreSharding, arguments: Arguments) -> Arguments:
-    """How the arguments, or their gradients, lie on the mesh."""
+    """How the arguments, or their gradients, lie on the mesh: specs where arrays are declared."""
 
     def of_side(side: Side) -> Side:
         tokens = tuple(sharding.spec("bnd") for _ in side.tokens)
@@ -38,7 +38,7 @@ def specs(sharding: CoreSharding, arguments: Arguments) -> Arguments:
 
 
 def result_specs(static: Static) -> tuple[Result, Saved]:
-    """How `local_forward`'s results lie on the mesh."""
+    """How `local_forward`'s results lie on the mesh: specs where arrays are declared."""
     sharding, core = static.sharding, static.core
     assert sharding is not None
     row = sharding.spec("bgn") if core.powered else None
